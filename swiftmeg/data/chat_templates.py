@@ -1,0 +1,95 @@
+"""Chat templates that `--template` offers by name, for tokenizers that bring none or a wrong one.
+
+Each is the plain form of its family, without tools. Names follow the model families' own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from swiftmeg.errors import UserError
+
+GENERATION = "generation"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja text, the added tokens that it relies on, and the system prompt used by default."""
+
+    jinja: str
+    tokens: tuple[str, ...] = ()
+    system: str | None = None
+
+
+_CHATML = ChatTemplate(
+    jinja=(
+        "{%- for message in messages -%}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+    ),
+    tokens=("<|im_start|>", "<|im_end|>"),
+)
+
+_LLAMA3 = ChatTemplate(
+    jinja=(
+        "{{- bos_token -}}"
+        "{%- for message in messages -%}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}"
+        "{{- message.content | trim }}{{ '<|eot_id|>' }}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+        "{%- endif -%}"
+    ),
+    tokens=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+)
+
+_GEMMA = ChatTemplate(
+    jinja=(
+        "{{- bos_token -}}"
+        "{%- set ns = namespace(system='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message.role == 'system' -%}"
+        "{%- set ns.system = message.content | trim + '\\n\\n' -%}"
+        "{%- else -%}"
+        "{%- set role = 'model' if message.role == 'assistant' else message.role -%}"
+        "{{ '<start_of_turn>' + role + '\\n' + ns.system }}"
+        "{{- message.content | trim }}{{ '<end_of_turn>\\n' }}"
+        "{%- set ns.system = '' -%}"
+        "{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
+    ),
+    tokens=("<start_of_turn>", "<end_of_turn>"),
+)
+
+CHAT_TEMPLATES: dict[str, ChatTemplate] = {
+    "chatml": _CHATML,
+    "qwen": ChatTemplate(_CHATML.jinja, _CHATML.tokens, "You are a helpful assistant."),
+    "qwen2_5": ChatTemplate(
+        _CHATML.jinja,
+        _CHATML.tokens,
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    ),
+    "llama3": _LLAMA3,
+    "gemma": _GEMMA,
+}
+
+
+def find_chat_template(name: str) -> ChatTemplate:
+    """Return the template called `name`, or the content of a `.jinja` file.
+
+    Raises UserError for an unknown name or a missing file.
+    """
+    if name.endswith(".jinja"):
+        try:
+            return ChatTemplate(Path(name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"--template {name}: cannot be read ({error.strerror})") from None
+    if name not in CHAT_TEMPLATES:
+        known = ", ".join([*CHAT_TEMPLATES, GENERATION])
+        raise UserError(
+            f"--template {name}: unknown; accepted: {known}, or the path of a .jinja file; "
+            "without --template the tokenizer's own chat template is used"
+        )
+    return CHAT_TEMPLATES[name]

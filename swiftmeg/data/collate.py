@@ -1,0 +1,101 @@
+"""From encoded rows to the tensors of a micro-batch."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftmeg.data.template import IGNORE
+from swiftmeg.errors import UserError
+
+
+class Collator:
+    """Joins encoded rows into one micro-batch, with labels already shifted.
+
+    `labels[t]` is the token to predict at position t, so each row's last position has none.
+    The length T is rounded up to `pad_to_multiple_of`, and up to `fixed_length` if that is given.
+
+    With `padding_free`, rows lie behind one another in tensors of shape [1, T]: `position_ids`
+    start at 0 in each row, `cu_seqlens` (int32, [segments + 1]) holds the borders and `max_seqlen`
+    (int32, no dimension) the longest segment. Padding is one more segment at the end. A row may
+    be a list of rows (a pack); its rows stay segments of their own.
+
+    Otherwise tensors are [rows, T], padded on the right, without `cu_seqlens`.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int,
+        padding_free: bool = True,
+        pad_to_multiple_of: int = 1,
+        fixed_length: int | None = None,
+    ) -> None:
+        if fixed_length is not None and fixed_length % pad_to_multiple_of:
+            raise UserError(
+                f"the fixed length {fixed_length} is not a multiple of {pad_to_multiple_of}, as "
+                "the parallel layout needs: change --max_length or --seq_length"
+            )
+        self.pad_token_id = pad_token_id
+        self.padding_free = padding_free
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.fixed_length = fixed_length
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
+        """Return `input_ids`, `labels`, `position_ids` (int64), and the segments if padding-free.
+
+        Raises UserError if the rows are longer than `fixed_length`, ValueError for no rows.
+        """
+        samples = list(_samples(rows))
+        if not samples:
+            raise ValueError("a micro-batch needs at least one row")
+        return self._flat(samples) if self.padding_free else self._padded(samples)
+
+    def _flat(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        lengths = [len(ids) for ids, _ in samples]
+        padding = self._padded_length(sum(lengths)) - sum(lengths)
+        if padding:
+            samples = [*samples, self._filling(padding)]
+            lengths.append(padding)
+        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return {
+            "input_ids": torch.cat([ids for ids, _ in samples])[None],
+            "labels": torch.cat([labels for _, labels in samples])[None],
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seqlens": borders,
+            "max_seqlen": torch.tensor(max(lengths), dtype=torch.int32),
+        }
+
+    def _padded(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        width = self._padded_length(max(len(ids) for ids, _ in samples))
+        input_ids = torch.full((len(samples), width), self.pad_token_id)
+        labels = torch.full((len(samples), width), IGNORE)
+        for index, (ids, targets) in enumerate(samples):
+            input_ids[index, : len(ids)] = ids
+            labels[index, : len(ids)] = targets
+        positions = torch.arange(width).repeat(len(samples), 1)
+        return {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+
+    def _padded_length(self, length: int) -> int:
+        if self.fixed_length is not None:
+            if length > self.fixed_length:
+                raise UserError(
+                    f"a micro-batch of {length} tokens is longer than the fixed length "
+                    f"{self.fixed_length}: lower --max_length or --micro_batch_size"
+                )
+            return self.fixed_length
+        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+    def _filling(self, length: int) -> tuple[Tensor, Tensor]:
+        return torch.full((length,), self.pad_token_id), torch.full((length,), IGNORE)
+
+
+def _samples(rows: Iterable[Any]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield (ids, shifted labels), both int64 [length], of rows and of the rows in packs."""
+    for row in rows:
+        if isinstance(row, list):
+            yield from _samples(row)
+            continue
+        ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+        labels = torch.as_tensor(row["labels"], dtype=torch.int64)
+        yield ids, torch.cat([labels[1:], labels.new_full((1,), IGNORE)])

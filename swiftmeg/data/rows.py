@@ -1,0 +1,79 @@
+"""The standard row, the error of a single bad row, and the account of dropped rows."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+Row = dict[str, Any]
+
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("messages", _MESSAGES),
+        ("tools", pa.string()),
+        ("rejected_response", pa.string()),
+        ("rejected_messages", _MESSAGES),
+        ("label", pa.bool_()),
+        ("channel", pa.string()),
+        ("margin", pa.float64()),
+        ("origin", pa.string()),
+    ]
+)
+"""A row in standard form. `tools` is JSON text, because Arrow would merge the fields of unlike
+tool schemas; `origin` is where the row came from, such as `train.jsonl:17`, for error messages."""
+
+
+class RowError(Exception):
+    """One row cannot be used. `reason` is a fixed phrase to count by, `detail` what was found."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason} ({self.detail})" if self.detail else self.reason
+
+
+class RowTooLong(RowError):
+    """A row over `--max_length` under `--truncation_strategy delete`: dropped even if strict."""
+
+
+@dataclass
+class Drops:
+    """How many rows were dropped, by reason, with the first example of each reason."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, origin: str, error: RowError) -> None:
+        self.counts[error.reason] += 1
+        detail = f", {error.detail}" if error.detail else ""
+        self.examples.setdefault(error.reason, f"{origin}{detail}")
+
+    def merge(self, other: "Drops") -> None:
+        """Add `other`, whose rows come after those counted so far."""
+        self.counts.update(other.counts)
+        for reason, example in other.examples.items():
+            self.examples.setdefault(reason, example)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{count} x {reason} (first: {self.examples[reason]})"
+            for reason, count in self.counts.most_common()
+        ]
+        return "; ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "examples": self.examples}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Drops":
+        return cls(Counter(value["counts"]), dict(value["examples"]))

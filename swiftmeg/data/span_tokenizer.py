@@ -1,0 +1,72 @@
+"""Text to token ids with the place of each token in the text."""
+
+import hashlib
+import json
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+class SpanTokenizer:
+    """Tokenises text of which some spans are to be told apart.
+
+    A fast tokenizer sees the whole text at once and reports each token's place, so the ids are
+    those that the model sees at inference. A slow one reports no places: it gets the pieces
+    between the spans' borders one by one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._fast: Tokenizer | None = None
+        if getattr(tokenizer, "is_fast", False):
+            fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            fast.no_truncation()
+            fast.no_padding()
+            # Post-processors add special tokens, which the text already holds, and may trim white
+            # space from the places, which would move a header's end into the turn behind it.
+            fast.post_processor = None
+            self._fast = fast
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of `text`; no special token is added."""
+        if self._fast is not None:
+            return list(self._fast.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def ids_and_mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Return token ids and, for each, whether it begins inside one of the ordered `spans`.
+
+        A token that begins before a span and reaches into it does not count: the model could not
+        produce it as the span's first token.
+        """
+        if self._fast is None:
+            return self._by_pieces(text, spans)
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        mask, index = [], 0
+        for begin, _ in encoding.offsets:
+            while index < len(spans) and begin >= spans[index][1]:
+                index += 1
+            mask.append(index < len(spans) and begin >= spans[index][0])
+        return list(encoding.ids), mask
+
+    def _by_pieces(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        mask: list[bool] = []
+        at = 0
+        for start, end in [*spans, (len(text), len(text))]:
+            for piece, inside in ((text[at:start], False), (text[start:end], True)):
+                piece_ids = self.ids(piece) if piece else []
+                ids += piece_ids
+                mask += [inside] * len(piece_ids)
+            at = end
+        return ids, mask
+
+    def fingerprint(self) -> str:
+        """Return a hash of the vocabulary and all that decides how text becomes ids."""
+        if self._fast is not None:
+            text = self._fast.to_str()
+        else:
+            vocabulary = sorted(self._tokenizer.get_vocab().items())
+            special = self._tokenizer.special_tokens_map
+            text = json.dumps([type(self._tokenizer).__name__, vocabulary, str(special)])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

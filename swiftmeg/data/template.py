@@ -1,0 +1,293 @@
+"""From a conversation to token ids and labels."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from swiftmeg.data.chat_templates import GENERATION, ChatTemplate, find_chat_template
+from swiftmeg.data.rows import Row, RowError, RowTooLong
+from swiftmeg.data.span_tokenizer import SpanTokenizer
+from swiftmeg.data.turns import Message, Turn, assistant_turns
+from swiftmeg.errors import UserError
+
+IGNORE = -100
+"""The label of a token that is not trained."""
+
+LOSS_SCALES = (
+    "default",
+    "last_round",
+    "all",
+    "ignore_empty_think",
+    "last_round_with_ignore_empty_think",
+)
+TRUNCATION_STRATEGIES = ("delete", "left", "right")
+
+_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+
+
+class Template:
+    """Turns rows into token ids and labels by a chat template.
+
+    `name` chooses a template of `chat_templates` (or a .jinja file) instead of the tokenizer's
+    own. `system` is used for rows without a system message: literal text, in which a backslash
+    and an n stand for a line break, or the path of a .txt file. `max_length` counts tokens of one
+    row; None means no limit. `use_chat_template=False` or `name="generation"` joins the
+    messages' texts without any markup, between the BOS token, if the tokenizer has one, and EOS.
+
+    Raises UserError for unknown options, a tokenizer without a chat template, or a named template
+    whose tokens the tokenizer lacks.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        system: str | None = None,
+        max_length: int | None = None,
+        truncation_strategy: str = "delete",
+        loss_scale: str = "default",
+        use_chat_template: bool = True,
+        response_prefix: str | None = None,
+    ) -> None:
+        _check_choice("--loss_scale", loss_scale, LOSS_SCALES)
+        _check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
+        if max_length is not None and max_length < 2:
+            raise UserError(f"--max_length {max_length}: must be at least 2")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncation_strategy = truncation_strategy
+        self.loss_scale = loss_scale
+        self.response_prefix = response_prefix
+        self.context_only_turns = 0
+        """How many assistant turns were not trained because the template strips their thinking."""
+        self.chat: ChatTemplate | None = None
+        if use_chat_template and name != GENERATION:
+            self.chat = _chat_template(tokenizer, name)
+        self.system = _read_system(system)
+        if self.system is None and self.chat is not None:
+            self.system = self.chat.system
+        self._tokens = SpanTokenizer(tokenizer)
+        self._end_tokens = _end_tokens(tokenizer)
+
+    def identity(self) -> dict[str, Any]:
+        """Return all that decides the outcome of `encode`, as JSON-able values."""
+        return {
+            "tokenizer": self._tokens.fingerprint(),
+            "special_tokens": {
+                key: str(value) for key, value in self.tokenizer.special_tokens_map.items()
+            },
+            "jinja": self.chat.jinja if self.chat else None,
+            "system": self.system,
+            "max_length": self.max_length,
+            "truncation_strategy": self.truncation_strategy,
+            "loss_scale": self.loss_scale,
+        }
+
+    def encode(self, row: Row) -> dict[str, list[int]]:
+        """Return `input_ids` and `labels`, two lists of ints of one length, for a standard row.
+
+        `labels[i]` is `input_ids[i]` where token i is trained, else -100; it is not shifted, and
+        `labels[0]` is always -100, since nothing comes before the first token.
+
+        Raises RowError if the row cannot be used (RowTooLong if it is over `max_length` and the
+        strategy is `delete`), and UserError if the template leaves it open which text is the
+        assistant's.
+        """
+        messages = _to_chat(row["messages"])
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RowError("no assistant turn")
+        if messages[-1]["role"] != "assistant":
+            raise RowError("the last message is not the assistant's", messages[-1]["role"])
+        if self.chat is None:
+            text, turns = self._join(messages)
+        else:
+            text, turns = self._render(messages, _tools(row.get("tools")))
+        if self.loss_scale == "all":
+            spans = [(0, len(text))]
+        else:
+            spans = [(turn.start, turn.end) for turn in turns if turn.trained]
+            self.context_only_turns += len(turns) - len(spans)
+        if "ignore_empty_think" in self.loss_scale:
+            spans = [_skip_empty_think(text, *span) for span in spans]
+        ids, mask = self._tokens.ids_and_mask(text, spans)
+        ids, mask = self._fit(ids, mask)
+        labels = [token if trained else IGNORE for token, trained in zip(ids, mask, strict=True)]
+        labels[:1] = [IGNORE]
+        if all(label == IGNORE for label in labels):
+            raise RowError("no token to train")
+        return {"input_ids": ids, "labels": labels}
+
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: str | list[Any] | None = None
+    ) -> list[int]:
+        """Return the token ids after which the model is to generate the next assistant turn.
+
+        `response_prefix` is appended. Raises RowError if the template refuses the messages.
+        """
+        chat = _to_chat(messages)
+        if self.chat is None:
+            text = self._bos() + "".join(message["content"] for message in chat)
+        else:
+            text = self._apply(self._with_system(chat), _tools(tools), True)
+        return self._tokens.ids(text + (self.response_prefix or ""))
+
+    def _bos(self) -> str:
+        return self.tokenizer.bos_token or ""
+
+    def _join(self, messages: list[Message]) -> tuple[str, list[Turn]]:
+        """Join the texts between BOS and EOS; the assistant's and EOS are its turns."""
+        text, turns = self._bos(), []
+        for message in messages:
+            start = len(text)
+            text += message["content"]
+            if message is messages[-1]:
+                text += self.tokenizer.eos_token or ""
+            if message["role"] == "assistant":
+                turns.append(Turn(start, len(text)))
+        return text, turns[-1:] if self._last_round else turns
+
+    def _render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
+        messages = self._with_system(messages)
+        text, turns = assistant_turns(
+            messages,
+            lambda part, prompt: self._apply(part, tools, prompt),
+            self._end_tokens,
+            last_only=self._last_round,
+        )
+        eos = self.tokenizer.eos_token
+        if eos and not text.rstrip().endswith(self._end_tokens):
+            # The template closes turns by opening the next: without this, nothing would teach
+            # the model to stop.
+            text += eos
+            turns[-1] = Turn(turns[-1].start, len(text))
+        return text, turns
+
+    @property
+    def _last_round(self) -> bool:
+        return self.loss_scale.startswith("last_round")
+
+    def _with_system(self, messages: list[Message]) -> list[Message]:
+        if self.system is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+    def _apply(
+        self, messages: Sequence[Message], tools: list[Any] | None, generation_prompt: bool
+    ) -> str:
+        assert self.chat is not None
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=self.chat.jinja,
+                add_generation_prompt=generation_prompt,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            raise RowError("the chat template refuses the messages", str(error)) from None
+        return str(text)
+
+    def _fit(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
+            return ids, mask
+        if self.truncation_strategy == "delete":
+            raise RowTooLong(f"longer than --max_length {limit}", f"{len(ids)} tokens")
+        part = slice(-limit, None) if self.truncation_strategy == "left" else slice(limit)
+        return ids[part], mask[part]
+
+
+def _check_choice(flag: str, value: str, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise UserError(f"{flag} {value}: unknown; accepted: {', '.join(accepted)}")
+
+
+def _chat_template(tokenizer: Any, name: str | None) -> ChatTemplate:
+    if name is None:
+        try:
+            return ChatTemplate(tokenizer.get_chat_template())
+        except ValueError:
+            raise UserError(
+                "the model's tokenizer has no chat template: choose one with --template "
+                "(for example chatml), or train on plain text with --use_chat_template false"
+            ) from None
+    chat = find_chat_template(name)
+    missing = [token for token in chat.tokens if token not in tokenizer.added_tokens_encoder]
+    if missing:
+        raise UserError(
+            f"--template {name}: the tokenizer has no token {' '.join(missing)}: add it with "
+            "--new_special_tokens, or choose another template"
+        )
+    return chat
+
+
+def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Return the texts of all added tokens, of which one closes a turn."""
+    texts = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
+    return tuple(sorted(text for text in texts if text.strip()))
+
+
+def _read_system(system: str | None) -> str | None:
+    if system is None:
+        return None
+    if system.endswith(".txt"):
+        try:
+            return Path(system).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise UserError(f"--system {system}: cannot be read ({error.strerror})") from None
+    return system.replace("\\n", "\n")
+
+
+def _skip_empty_think(text: str, start: int, end: int) -> tuple[int, int]:
+    found = _EMPTY_THINK.match(text, start, end)
+    return (found.end(), end) if found else (start, end)
+
+
+def _tools(tools: str | list[Any] | None) -> list[Any] | None:
+    """Parse the `tools` column: JSON text of a list of tool schemas."""
+    if not tools:
+        return None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError("tools is not JSON", str(error)) from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools is not a JSON list of objects")
+    return tools
+
+
+def _to_chat(messages: Sequence[Message]) -> list[Message]:
+    """Bring standard messages into the form that chat templates know.
+
+    Consecutive `tool_call` messages (JSON text with name and arguments) become the `tool_calls`
+    of one assistant message, and `tool_response` becomes the role `tool`.
+    """
+    chat: list[Message] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool_call":
+            if not chat or chat[-1]["role"] != "assistant":
+                chat.append({"role": "assistant", "content": ""})
+            chat[-1].setdefault("tool_calls", []).append(_tool_call(content))
+        else:
+            role = "tool" if role == "tool_response" else role
+            chat.append({"role": role, "content": content})
+    return chat
+
+
+def _tool_call(content: str) -> dict[str, Any]:
+    try:
+        call = json.loads(content)
+        arguments = call.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        function = {"name": call["name"], "arguments": arguments}
+    except (json.JSONDecodeError, KeyError, AttributeError):
+        raise RowError("tool_call is not JSON with name and arguments", content[:80]) from None
+    return {"type": "function", "function": function}
