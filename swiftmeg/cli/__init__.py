@@ -1,0 +1,1 @@
+"""Commands: what a user types, the processes it starts and how it ends."""
