@@ -89,15 +89,8 @@ def _find(program: str, argv: list[str]) -> Command:
 def _usage(program: str) -> str:
     width = max(map(len, COMMANDS[program]))
     rows = [f"  {name:{width}}  {c.summary}" for name, c in COMMANDS[program].items()]
-    return "\n".join(
-        [
-            f"usage: {program} COMMAND [--flag value ...]",
-            "",
-            *rows,
-            "",
-            "COMMAND --help lists flags.",
-        ]
-    )
+    usage = f"usage: {program} COMMAND [--flag value ...]"
+    return "\n".join([usage, "", *rows, "", "COMMAND --help lists the flags of one."])
 
 
 if __name__ == "__main__":

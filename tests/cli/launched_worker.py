@@ -1,4 +1,4 @@
-"""One rank of the jobs in test_launch.py: behaves as the scenario named on its command line says."""
+"""One rank of the jobs in test_launch.py: does what the scenario named first in argv says."""
 
 import os
 import signal

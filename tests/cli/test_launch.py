@@ -98,7 +98,7 @@ def test_signal_to_the_launcher_ends_every_rank_silently(sent: signal.Signals, t
     _until(lambda: len(list(tmp_path.iterdir())) == 2)
     time.sleep(0.5)
     job.send_signal(sent)
-    out, err = job.communicate(timeout=10)
+    _, err = job.communicate(timeout=10)
     expected = -sent if sent == signal.SIGKILL else 128 + sent
     assert (job.returncode, err) == (expected, "")
     _until(lambda: not any(psutil.pid_exists(int(pid.name)) for pid in tmp_path.iterdir()))
