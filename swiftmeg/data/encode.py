@@ -83,16 +83,16 @@ def _write(rows: Dataset, template: Template, num_proc: int, strict: bool, folde
         return _encode_chunk(rows, template, start, strict)
 
     drops, bad_rows, context_only = Drops(), 0, 0
-    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink:
-        with pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            workers = min(num_proc, len(starts))
-            for batch, dropped, bad, untrained in _progress(
-                map_chunks(work, starts, workers), len(rows)
-            ):
-                writer.write_batch(batch)
-                drops.merge(dropped)
-                bad_rows += bad
-                context_only += untrained
+    results = map_chunks(work, starts, min(num_proc, len(starts)))
+    with (
+        pa.OSFile(str(folder / "data.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, _SCHEMA) as writer,
+    ):
+        for batch, dropped, bad, untrained in _progress(results, len(rows)):
+            writer.write_batch(batch)
+            drops.merge(dropped)
+            bad_rows += bad
+            context_only += untrained
     account = {"drops": drops.to_json(), "bad_rows": bad_rows, "context_only": context_only}
     (folder / "account.json").write_text(json.dumps(account), encoding="utf-8")
 
