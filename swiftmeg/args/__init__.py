@@ -1,0 +1,1 @@
+"""Arguments: dataclasses whose fields are flags, and the resolver that fills them."""

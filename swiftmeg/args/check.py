@@ -1,0 +1,161 @@
+"""Checks of argument combinations, made before anything heavy is imported or started."""
+
+from pathlib import Path
+from typing import Any
+
+from swiftmeg import platform
+from swiftmeg.args.resolve import read_args_file, world_size
+from swiftmeg.errors import UserError
+from swiftmeg.models.hf import HFModel
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def check_checkpoint(flag: str, folder: str) -> Path:
+    """The folder of a Megatron checkpoint; UserError unless it holds the iteration it names."""
+    path = Path(folder).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"{flag} {folder}: no such folder")
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        if path.name.startswith("iter_"):
+            raise UserError(f"{flag} {folder}: give its parent folder, {path.parent}")
+        raise UserError(f"{flag} {folder}: not a Megatron checkpoint, {TRACKER} is missing")
+    word = tracker.read_text().strip()
+    name = word if word == "release" else f"iter_{word:0>7}"
+    if not (path / name / "metadata.json").is_file():
+        raise UserError(
+            f"{flag} {folder}: {TRACKER} names {name}, which is missing or incomplete: write the "
+            f"number of a complete iter_* folder into {tracker}"
+        )
+    return path
+
+
+def check_layout(args: Any, model: HFModel) -> int:
+    """Check parallel sizes against the model and the job; returns the data-parallel size."""
+    built = model.megatron_args
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    world = world_size()
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if world % (tp * pp):
+        raise UserError(
+            f"{world} processes cannot be split into --tensor_model_parallel_size {tp} x "
+            f"--pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} "
+            "processes (NPROC_PER_NODE x NNODES) or lower the sizes"
+        )
+    heads, groups = built["num_attention_heads"], built["num_query_groups"]
+    if heads % tp:
+        raise UserError(_cannot_split("num_attention_heads", heads, tp))
+    if groups % tp and tp % groups:
+        raise UserError(_cannot_split("num_key_value_heads", groups, tp))
+    if built["ffn_hidden_size"] % tp:
+        raise UserError(_cannot_split("intermediate_size", built["ffn_hidden_size"], tp))
+    layers = built["num_layers"]
+    first = getattr(args, "decoder_first_pipeline_num_layers", None)
+    last = getattr(args, "decoder_last_pipeline_num_layers", None)
+    stages = pp - (first is not None) - (last is not None)
+    middle = layers - (first or 0) - (last or 0)
+    if (first is not None or last is not None) and pp == 1:
+        raise UserError(
+            "--decoder_first/last_pipeline_num_layers need --pipeline_model_parallel_size above 1: "
+            "drop them or raise it"
+        )
+    if middle < stages or (stages and middle % stages) or (not stages and middle):
+        raise UserError(
+            f"{layers} layers cannot be split over --pipeline_model_parallel_size {pp}: "
+            "use a divisor, or set --decoder_first_pipeline_num_layers and "
+            "--decoder_last_pipeline_num_layers so that the rest divides"
+        )
+    return world // (tp * pp)
+
+
+def _cannot_split(name: str, value: int, tp: int) -> str:
+    return (
+        f"--tensor_model_parallel_size {tp} does not divide the model's {name}={value}: "
+        "use a divisor"
+    )
+
+
+def check_training(args: Any, model: HFModel) -> None:
+    """UserError for the first combination of training arguments that cannot work."""
+    if not args.dataset:
+        raise UserError("--dataset is needed: name at least one file, folder or hub id")
+    dp = check_layout(args, model)
+    batch = args.micro_batch_size * dp
+    if args.micro_batch_size < 1 or args.global_batch_size < 1 or args.global_batch_size % batch:
+        raise UserError(
+            f"--global_batch_size {args.global_batch_size} must be a multiple of "
+            f"--micro_batch_size {args.micro_batch_size} x {dp} data-parallel ranks"
+        )
+    if args.max_epochs is None and args.train_iters is None:
+        raise UserError("--max_epochs or --train_iters is needed: set one")
+    for name in ("max_epochs", "train_iters", "save_interval", "log_interval", "max_length"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    _check_recompute(args)
+    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
+        raise UserError("--lr_warmup_fraction and --lr_warmup_iters exclude each other: drop one")
+    if args.min_lr > (args.lr if args.lr is not None else 1e-5):
+        raise UserError(f"--min_lr {args.min_lr} is above --lr {args.lr}: lower it")
+    if args.packing and args.max_length is None:
+        raise UserError("--packing true needs --max_length: set it or drop --packing")
+    if args.overlap_param_gather and not (args.overlap_grad_reduce and args.use_distributed_optimizer):
+        raise UserError(
+            "--overlap_param_gather true needs --overlap_grad_reduce true and "
+            "--use_distributed_optimizer true: set them or drop it"
+        )
+    if args.fp16 and args.bf16:
+        raise UserError("--fp16 true and --bf16 true exclude each other: drop one")
+    if args.fp16 and not platform.has_cuda():
+        raise UserError("fp16 training needs a GPU: pass --torch_dtype float32 or bfloat16")
+
+
+def _check_recompute(args: Any) -> None:
+    full = args.recompute_granularity == "full"
+    if full and args.recompute_method is None:
+        raise UserError(
+            "--recompute_granularity full needs --recompute_method uniform or block: set it"
+        )
+    if full and args.recompute_num_layers is None:
+        raise UserError("--recompute_granularity full needs --recompute_num_layers: set it, e.g. 1")
+    if full and args.recompute_modules is not None:
+        raise UserError(
+            "--recompute_modules needs --recompute_granularity selective: set it or drop it"
+        )
+    if not full and (args.recompute_method is not None or args.recompute_num_layers is not None):
+        raise UserError(
+            "--recompute_method and --recompute_num_layers need --recompute_granularity full: "
+            "set it or drop them"
+        )
+
+
+def checkpoint_defaults(args: Any, sources: dict[str, str]) -> None:
+    """Check --load, and switch off loading of what the checkpoint does not hold.
+
+    A checkpoint of `swift export` holds weights only, so training starts at step 0 from it.
+    """
+    if args.load is None:
+        return
+    path = check_checkpoint("--load", args.load)
+    args.load = str(path)
+    saved = read_args_file(path)
+    absent = {
+        "finetune": saved.get("to_mcore", False),
+        "no_load_optim": saved.get("no_save_optim", False),
+        "no_load_rng": saved.get("no_save_rng", False),
+    }
+    for name, missing in absent.items():
+        if missing and not getattr(args, name):
+            setattr(args, name, True)
+            sources[name] = "the checkpoint holds no more"
+
+
+def read_iteration(folder: Path) -> str:
+    """The name of the checkpoint's latest iteration folder."""
+    word = (folder / TRACKER).read_text().strip()
+    return word if word == "release" else f"iter_{int(word):07d}"
+
+

@@ -1,0 +1,60 @@
+"""The arguments of each command."""
+
+from dataclasses import dataclass, field
+
+from swiftmeg.args.megatron import LoopArguments, MegatronArguments
+from swiftmeg.args.model import DataArguments, ModelArguments, TemplateArguments
+
+
+@dataclass
+class SftArguments(
+    ModelArguments, TemplateArguments, DataArguments, LoopArguments, MegatronArguments
+):
+    """megatron sft: train on the assistant turns of conversations."""
+
+
+@dataclass
+class PtArguments(SftArguments):
+    """megatron pt: train on every token of plain text."""
+
+    use_chat_template: bool | None = False
+    """Render messages with the chat template."""
+    loss_scale: str | None = "all"
+    """Which tokens are trained."""
+
+
+@dataclass
+class ConversionArguments:
+    """Conversion"""
+
+    to_mcore: bool = False
+    """Convert the Hugging Face folder --model to a Megatron checkpoint."""
+    to_hf: bool = False
+    """Convert the Megatron checkpoint --mcore_model to a Hugging Face folder."""
+    mcore_model: str | None = None
+    """Megatron checkpoint: the folder that holds iter_*."""
+    output_dir: str | None = None
+    """Folder to write. None: {model name}-mcore, or {checkpoint name}-hf."""
+    exist_ok: bool = False
+    """Write into a folder that is not empty."""
+    test_convert_precision: bool = False
+    """Compare both models' fp32 logits on a chat sample; fail and write nothing where they differ
+    by more than a thousandth of the largest logit."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file."""
+    tensor_model_parallel_size: int = 1
+    """Ranks that share every layer while converting."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that hold consecutive layers while converting."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers on the first pipeline stage."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers on the last pipeline stage."""
+
+
+@dataclass
+class ExportArguments(ModelArguments, TemplateArguments, ConversionArguments):
+    """swift export: convert weights between Hugging Face and Megatron."""
+
+    extra_megatron_kwargs: dict[str, object] = field(default_factory=dict)
+    """Other arguments of Megatron by name, as JSON."""

@@ -1,0 +1,149 @@
+"""Command-line syntax: dataclass fields become flags, attribute docstrings become help.
+
+`--flag value`, `--flag true|false` (a bare `--flag` means true), lists by spaces, dicts as JSON,
+underscores or hyphens. Only what the user typed is returned; defaults are the resolver's business.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+import types
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from swiftmeg.errors import UserError
+
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return the docstring written under each field of dataclass `cls`, bases included."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for node, after in zip(body.body, body.body[1:]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    docs[node.target.id] = inspect.cleandoc(str(after.value.value))
+    return docs
+
+
+def _boolean(text: str) -> bool:
+    word = text.lower()
+    if word in _TRUE | _FALSE:
+        return word in _TRUE
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _number(kind: type) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            word = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
+
+    return convert
+
+
+def _argparse_type(annotation: Any) -> dict[str, Any]:
+    """Translate a field annotation into add_argument's keywords."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        (inner,) = (member for member in members if member is not type(None))
+        return _argparse_type(inner)
+    if origin is Literal:
+        return {"choices": list(members), "type": type(members[0])}
+    if origin is list:
+        return {"nargs": "*", "type": _argparse_type(members[0])["type"], "metavar": "V"}
+    if annotation is bool:
+        return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
+    if origin is dict or annotation is dict:
+        return {"type": _json_object, "metavar": "JSON"}
+    if annotation in (int, float):
+        return {"type": _number(annotation), "metavar": annotation.__name__.upper()}
+    return {"type": str, "metavar": "STR"}
+
+
+def _owners(cls: type) -> dict[str, type]:
+    """Map each field to the dataclass in `cls`'s bases that declares it first."""
+    owners: dict[str, type] = {}
+    for base in reversed(cls.__mro__):
+        for name in vars(base).get("__annotations__", {}):
+            owners.setdefault(name, base)
+    return owners
+
+
+def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
+    """Make the argparse parser of dataclass `cls`; every default is SUPPRESS."""
+    parser = _Parser(prog=prog, allow_abbrev=False, description=inspect.getdoc(cls))
+    docs, hints, owners = field_docs(cls), get_type_hints(cls), _owners(cls)
+    groups: dict[type, Any] = {}
+    for field in dataclasses.fields(cls):
+        owner = owners[field.name]
+        if owner not in groups:
+            title = (inspect.getdoc(owner) or owner.__name__).splitlines()[0]
+            groups[owner] = parser.add_argument_group(title)
+        names = [f"--{field.name}"]
+        if "_" in field.name:
+            names.append(f"--{field.name.replace('_', '-')}")
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        text = f"{docs.get(field.name, '')} (default: {default})".replace("%", "%%")
+        groups[owner].add_argument(
+            *names,
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=text,
+            **_argparse_type(hints[field.name]),
+        )
+    return parser
+
+
+def parse_flags(cls: type, argv: list[str], prog: str) -> dict[str, Any]:
+    """Parse `argv` by the fields of `cls`; return only what was typed, by field name.
+
+    Raises UserError for an unknown flag (naming the nearest one), a stray word, a flag given
+    twice, or a value of the wrong type.
+    """
+    seen: set[str] = set()
+    for word in argv:
+        if not word.startswith("--"):
+            continue
+        name = word[2:].split("=")[0].replace("-", "_")
+        if name in seen:
+            raise UserError(f"{prog}: --{name} is given twice: keep one")
+        seen.add(name)
+    known, rest = build_parser(cls, prog).parse_known_args(argv)
+    if rest:
+        flag = rest[0].split("=")[0]
+        if not flag.startswith("--"):
+            raise UserError(f"{prog}: unexpected word {rest[0]!r}: flags start with --")
+        names = [field.name for field in dataclasses.fields(cls)]
+        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), names, n=1)
+        hint = f"did you mean --{near[0]}?" if near else f"see {prog} --help"
+        raise UserError(f"{prog}: unknown flag {flag}: {hint}")
+    return vars(known)

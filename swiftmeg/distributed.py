@@ -1,0 +1,38 @@
+"""The process group of a job, made before Megatron asks for it."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+
+from swiftmeg import platform
+
+
+def initialize(timeout_minutes: int = 60) -> None:
+    """Join the job that the launcher's environment describes, or be a job of one process."""
+    if torch.distributed.is_initialized():
+        return
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=port)
+    if platform.has_cuda():
+        torch.cuda.set_device(platform.device())
+    torch.distributed.init_process_group(
+        backend=platform.backend(),
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=platform.device() if platform.has_cuda() else None,
+    )
+
+
+def on_rank_zero() -> bool:
+    """True on the job's first process."""
+    return torch.distributed.get_rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every process of the job."""
+    torch.distributed.barrier()

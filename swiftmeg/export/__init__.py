@@ -1,0 +1,1 @@
+"""Weights between Hugging Face folders and live Megatron models, in any layout."""

@@ -1,0 +1,112 @@
+"""swift export: whole checkpoints between the two worlds, in any number of processes."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from swiftmeg import distributed, platform
+from swiftmeg.args.check import check_checkpoint, check_layout
+from swiftmeg.args.resolve import describe, write_args_file
+from swiftmeg.errors import UserError
+from swiftmeg.models.hf import HFModel
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 5GB; UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip().upper())
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"--max_shard_size {text!r} is not a size: write e.g. 5GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
+    """Find what is wrong before anything heavy starts; returns the output folder and shard bytes."""
+    if args.to_mcore == args.to_hf:
+        raise UserError("pass either --to_mcore true or --to_hf true")
+    if args.to_hf and args.mcore_model is None:
+        raise UserError("--to_hf true needs --mcore_model: name the Megatron checkpoint")
+    if args.to_mcore and args.mcore_model is not None:
+        raise UserError("--to_mcore true converts --model; drop --mcore_model")
+    if args.to_hf:
+        args.mcore_model = str(check_checkpoint("--mcore_model", args.mcore_model))
+    name = model.folder.name + "-mcore" if args.to_mcore else Path(args.mcore_model).name + "-hf"
+    target = Path(args.output_dir or name).expanduser().resolve()
+    if target.is_file():
+        raise UserError(f"--output_dir {target} is a file: name a folder")
+    if target.is_dir() and any(target.iterdir()) and not args.exist_ok:
+        raise UserError(
+            f"--output_dir {target} is not empty: name another folder or pass --exist_ok true"
+        )
+    check_layout(args, model)
+    if args.to_mcore:
+        from swiftmeg.export.weights import HFWeights, check_names
+
+        check_names(model.family, model.config, HFWeights(model.folder))
+    return target, parse_size(args.max_shard_size)
+
+
+def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
+    """Run `swift export` as resolved.
+
+    The result is built in a hidden folder and moved to its place last, so that a failed or killed
+    conversion never looks like a finished one.
+    """
+    target, max_shard_bytes = check_export(args, model)
+    if args.torch_dtype is None:
+        args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
+    args.model, args.output_dir = str(model.folder), str(target)
+    platform.prepare()
+    from swiftmeg.export.model import build_model, load_mcore, save_mcore
+    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.precision import compare_logits
+    from swiftmeg.export.save import save_hf
+    from swiftmeg.models.build import dims_of
+
+    distributed.initialize()
+    first = distributed.on_rank_zero()
+    if first:
+        print(describe(args, sources), flush=True)
+    unfinished = target.parent / f".{target.name}.unfinished"
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    megatron, models = build_model(args, model)
+    dims = dims_of(megatron)
+    if args.to_mcore:
+        load_hf(models, model.folder, model.family, model.config, dims)
+    else:
+        load_mcore(models, args.mcore_model)
+        save_hf(
+            models,
+            unfinished,
+            model.folder,
+            model.family,
+            model.config,
+            dims,
+            dtype=megatron.params_dtype,
+            max_shard_bytes=max_shard_bytes,
+        )
+    if args.test_convert_precision:
+        reference = model.folder if args.to_mcore else unfinished
+        compare_logits(models, reference, model.tokenizer(), dims.vocab_size)
+    if args.to_mcore:
+        save_mcore(models, unfinished)
+    if first:
+        write_args_file(unfinished, args, sources)
+        _move_into(unfinished, target)
+        print(f"written to {target}", flush=True)
+    distributed.barrier()
+
+
+def _move_into(unfinished: Path, target: Path) -> None:
+    """Put every entry of `unfinished` into `target`, replacing what is there, and remove it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in unfinished.iterdir():
+        place = target / entry.name
+        if place.is_dir():
+            shutil.rmtree(place)
+        entry.replace(place)
+    unfinished.rmdir()

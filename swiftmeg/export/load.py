@@ -1,0 +1,64 @@
+"""Fill a live Megatron model, in whatever layout it has, from a Hugging Face folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+
+from swiftmeg.errors import UserError
+from swiftmeg.export.shards import live_weights
+from swiftmeg.export.weights import HFWeights, check_names, listed
+from swiftmeg.models.family import Family, HFConfig, Row
+from swiftmeg.models.layout import Dims
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+
+
+@torch.no_grad()
+def load_hf(
+    models: list[Any], folder: str | Path, family: Family, config: HFConfig, dims: Dims
+) -> None:
+    """Copy an HF folder's weights into this rank's shards, one tensor at a time.
+
+    Every rank reads only what it holds; host memory in use beyond the model is about twice the
+    largest parameter. Strict both ways: raises UserError, with names, for HF tensors that are
+    missing, unknown or of the wrong shape, and for Megatron parameters without a source.
+    """
+    weights = HFWeights(folder)
+    plan = {each.mcore: each for each in check_names(family, config, weights)}
+    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+    filled: set[str] = set()
+    for live in live_weights(models):
+        tied_head = live.name == OUTPUT and live.name not in plan
+        row = plan.get(EMBEDDING if tied_head else live.name)
+        if row is None:
+            raise UserError(f"{family.architecture} has no weights for parameter {live.name}")
+        parts = [weights.read(name) for name in row.hf]
+        try:
+            shard = row.layout.shard(row.layout.join(parts, dims), live.axis, rank, size)
+        except RuntimeError as error:
+            raise UserError(_misfit(row, parts, str(error))) from None
+        if shard.shape != live.parameter.shape:
+            expected = f"a shard of {tuple(live.parameter.shape)}"
+            raise UserError(_misfit(row, parts, f"config.json makes {expected}"))
+        live.parameter.copy_(shard)
+        filled.add(row.mcore)
+    _check_filled(set(plan), filled)
+
+
+def _misfit(row: Row, parts: list[torch.Tensor], reason: str) -> str:
+    shapes = ", ".join(
+        f"{name} {tuple(part.shape)}" for name, part in zip(row.hf, parts, strict=True)
+    )
+    return f"{shapes}: the shape does not fit config.json ({reason})"
+
+
+def _check_filled(wanted: set[str], filled: set[str]) -> None:
+    """All stages together must have taken every row."""
+    group = mpu.get_pipeline_model_parallel_group()
+    stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(stages, filled, group=group)
+    if left := wanted - set().union(*stages):
+        raise UserError(f"no parameter took the weights of {listed(left)}")

@@ -1,0 +1,81 @@
+"""A Megatron model without an optimizer, for conversion."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training import checkpointing
+from megatron.training.initialize import initialize_megatron
+
+from swiftmeg import platform, upstream
+from swiftmeg.args.parse import layout_attributes, megatron_namespace, model_flags
+from swiftmeg.models.build import model_config, padded_vocab_size
+from swiftmeg.models.hf import HFModel
+
+
+def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any]]:
+    """Build this rank's chunks of `model` with native layers; sets Megatron's globals.
+
+    `args` needs torch_dtype, the tensor- and pipeline-parallel sizes and extra_megatron_kwargs.
+    """
+    upstream.apply()
+    namespace = megatron_namespace(
+        _flags(args, model), args.extra_megatron_kwargs, _attributes(args, model)
+    )
+    if not mpu.model_parallel_is_initialized():
+        initialize_megatron(allow_no_cuda=True)
+    config = model_config(namespace, model.hf_config)
+    config.finalize()
+    builder = config.get_builder_cls()(config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return namespace, builder.build_distributed_models(groups, wrap_with_ddp=False)
+
+
+def _flags(args: Any, model: HFModel) -> dict[str, Any]:
+    flags = model_flags(model.megatron_args)
+    return flags | {
+        "tensor_model_parallel_size": args.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+        "decoder_first_pipeline_num_layers": args.decoder_first_pipeline_num_layers,
+        "decoder_last_pipeline_num_layers": args.decoder_last_pipeline_num_layers,
+        "seq_length": min(512, flags["max_position_embeddings"]),
+        "micro_batch_size": 1,
+        "bf16": args.torch_dtype == "bfloat16",
+        "fp16": args.torch_dtype == "float16",
+        "transformer_impl": "local",
+        "distributed_backend": platform.backend(),
+        "no_rope_fusion": True,
+        "no_gradient_accumulation_fusion": True,
+        "no_persist_layer_norm": True,
+        "no_masked_softmax_fusion": True,
+        "no_save_optim": True,
+        "no_save_rng": True,
+        "no_load_optim": True,
+        "no_load_rng": True,
+        "finetune": True,
+        "exit_on_missing_checkpoint": True,
+    }
+
+
+def _attributes(args: Any, model: HFModel) -> dict[str, Any]:
+    built = model.megatron_args
+    vocabulary = padded_vocab_size(built["vocab_size"], args.tensor_model_parallel_size)
+    return layout_attributes(built, vocabulary, "native")
+
+
+def load_mcore(models: list[Any], folder: str | Path) -> None:
+    """Fill `models` from a Megatron checkpoint of any layout."""
+    from megatron.training import get_args
+
+    get_args().load = str(folder)
+    checkpointing.load_checkpoint(models, None, None)
+
+
+def save_mcore(models: list[Any], folder: str | Path) -> None:
+    """Write `models` as iteration 1 of a Megatron checkpoint."""
+    from megatron.training import get_args
+
+    get_args().save = str(folder)
+    checkpointing.save_checkpoint(1, models, None, None, 0)

@@ -1,0 +1,119 @@
+"""--test_convert_precision: do both models compute the same logits?"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from swiftmeg.errors import UserError
+
+RELATIVE_BOUND = 1e-3
+"""Largest difference of two logits, as a share of the largest logit. fp32 rounding over deep models
+stays one to two orders below; a wrong weight is orders above."""
+
+_SAMPLE = [
+    {"role": "user", "content": "Which weights belong together?"},
+    {
+        "role": "assistant",
+        "content": "Those of one layer: queries, keys and values; then gate and up projections.",
+    },
+]
+
+
+def sample_ids(tokenizer: Any) -> Tensor:
+    """Token ids [1, s] of a short conversation, in the model's own chat format if it has one."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(_SAMPLE, tokenize=False)
+    else:
+        text = "\n".join(turn["content"] for turn in _SAMPLE)
+    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    return torch.tensor([ids])
+
+
+def _forward_step(ids: Tensor, iterator: Iterator[Any], model: Any) -> tuple[Tensor, Any]:
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    return model(ids, positions, None), lambda output, non_loss_data=True: output
+
+
+@torch.no_grad()
+def mcore_logits(models: list[Any], ids: Tensor, vocab_size: int) -> Tensor | None:
+    """fp32 logits [1, s, vocab_size] of a live model on the last pipeline stage, else None.
+
+    Weights go to fp32 and back to their own dtype, which loses nothing. Collective.
+    """
+    chunks = unwrap_model(models)
+    dtype = chunks[0].config.params_dtype
+    configs = {id(module.config): module.config for chunk in chunks for module in chunk.modules() if hasattr(module, "config")}
+
+    def cast(to: torch.dtype) -> None:
+        for chunk in chunks:
+            chunk.to(to).eval()
+        for config in configs.values():
+            config.pipeline_dtype = config.params_dtype = to
+
+    cast(torch.float32)
+    try:
+        outputs = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, ids),
+            data_iterator=[iter(()) for _ in chunks] if len(chunks) > 1 else iter(()),
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=1,
+            seq_length=ids.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    finally:
+        cast(dtype)
+    if not mpu.is_pipeline_last_stage():
+        return None
+    return gather_from_tensor_model_parallel_region(outputs[0])[..., :vocab_size]
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, ids: Tensor) -> Tensor:
+    """fp32 logits [1, s, vocab_size] of the model in an HF folder."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ids.device)
+    logits: Tensor = model.eval()(ids).logits
+    return logits.float()
+
+
+def compare_logits(models: list[Any], folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Compare a live model with an HF folder and print the differences; collective.
+
+    UserError, on every rank, where the largest difference is above the bound.
+    """
+    ids = sample_ids(tokenizer).to(torch.cuda.current_device())
+    ours = mcore_logits(models, ids, vocab_size)
+    verdict: list[str | None] = [None]
+    judge = torch.distributed.get_world_size() - 1  # on the last stage in every order of groups
+    if torch.distributed.get_rank() == judge:
+        assert ours is not None
+        theirs = hf_logits(folder, ids)
+        difference = (ours - theirs).abs()
+        bound = RELATIVE_BOUND * theirs.abs().max().item()
+        ours_next, theirs_next = ours.argmax(-1), theirs.argmax(-1)
+        agree = (ours_next == theirs_next).sum().item()
+        mean, largest = difference.mean().item(), difference.max().item()
+        print(
+            f"mean_diff: {mean:.3e}, max_diff: {largest:.3e} (allowed: {bound:.3e}), "
+            f"next token agrees at {agree} of {ids.shape[1]} places",
+            flush=True,
+        )
+        if not largest <= bound:
+            verdict[0] = (
+                f"--test_convert_precision: the logits of {folder} and the Megatron model differ "
+                f"by up to {largest:.3e}, allowed are {bound:.3e}: the conversion is wrong"
+            )
+    torch.distributed.broadcast_object_list(verdict, src=judge)
+    if verdict[0]:
+        raise UserError(verdict[0])

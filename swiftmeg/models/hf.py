@@ -1,0 +1,88 @@
+"""A Hugging Face model folder: found, read and matched to its family before anything heavy starts."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from swiftmeg.errors import UserError
+from swiftmeg.models import llama, qwen2, qwen3  # noqa: F401  (importing a family registers it)
+from swiftmeg.models.family import REGISTRY, Family, HFConfig
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A folder with config.json and tokenizer, and the family that its architecture names."""
+
+    folder: Path
+    hf_config: Any
+    """The transformers config object; it knows the defaults that config.json leaves out."""
+    family: Family
+    trust_remote_code: bool = False
+
+    @cached_property
+    def config(self) -> HFConfig:
+        """config.json with defaults filled in."""
+        return dict(self.hf_config.to_dict())
+
+    @cached_property
+    def megatron_args(self) -> dict[str, Any]:
+        """Megatron arguments of this model."""
+        return self.family.to_args(self.config)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that config.json states; float32 if it states none."""
+        dtype = getattr(self.hf_config, "dtype", None)
+        return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer; UserError if there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--model {self.folder}: the tokenizer cannot be read ({reason})") from None
+
+
+def find_folder(model: str, use_hf: bool = False) -> Path:
+    """A local folder as it is, or a hub id downloaded into the hub's cache."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"--model {model}: no such folder, and not a hub id of the form owner/name")
+    hub = "Hugging Face" if use_hf or os.environ.get("USE_HF", "").lower() in ("1", "true") else "ModelScope"
+    try:
+        if hub == "Hugging Face":
+            from huggingface_hub import snapshot_download
+        else:
+            from modelscope import snapshot_download
+        return Path(snapshot_download(model))
+    except Exception as error:  # hubs raise many kinds; all mean the same to the user
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--model {model}: no such folder, and {hub} could not deliver it ({reason})"
+        ) from None
+
+
+def read_model(model: str, *, use_hf: bool = False, trust_remote_code: bool = False) -> HFModel:
+    """Find a model and read its config; UserError if it is missing, broken or not supported."""
+    from transformers import AutoConfig
+
+    folder = find_folder(model, use_hf)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: there is no config.json in this folder")
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--model {folder}: config.json cannot be read ({reason})") from None
+    names = {"architectures": hf_config.architectures}
+    family = REGISTRY.find(names, f"--model {folder}")
+    return HFModel(folder, hf_config, family, trust_remote_code)

@@ -1,0 +1,120 @@
+"""Weight layouts: pure tensor functions between Hugging Face tensors and one Megatron parameter.
+
+Each layout answers four questions about FULL (unsharded) weights, on any device and without process
+groups: how HF tensors join into Megatron's parameter, how that parameter splits back, and how it is
+cut into, and put together from, tensor-parallel shards. `axis` is the tensor axis that tensor
+parallelism cuts (`partition_dim` of the live parameter), None for a replicated parameter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from swiftmeg.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes that layouts need, read from the Megatron arguments of a model."""
+
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    """Rows of the HF embedding; Megatron's copy may be longer."""
+    padded_vocab_size: int
+
+
+class Layout:
+    """One HF tensor, stored as it is."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        """Make the full Megatron parameter from HF tensors, in the order of the row's names."""
+        (whole,) = parts
+        return whole
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        """Inverse of `join`."""
+        return [whole]
+
+    def shard(self, whole: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
+        """Return rank `rank`'s part of `whole` when `axis` is cut over `size` ranks."""
+        if axis is None or size == 1:
+            return whole
+        return whole.chunk(size, dim=axis)[rank]
+
+    def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
+        """Inverse of `shard` over all ranks; replicated parameters take the first copy."""
+        if axis is None or len(shards) == 1:
+            return shards[0]
+        return torch.cat(list(shards), dim=axis)
+
+
+class Stacked(Layout):
+    """Several equally shaped HF tensors one after the other: `[gate; up]` of a gated MLP.
+
+    Every rank holds its own slice of each part, so a shard is `[gate_r; up_r]`.
+    """
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return torch.cat(list(parts))
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return list(whole.chunk(self.parts))
+
+    def shard(self, whole: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
+        if axis is None or size == 1:
+            return whole
+        cut = super().shard
+        return torch.cat([cut(part, axis, rank, size) for part in whole.chunk(self.parts)])
+
+    def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
+        if axis is None or len(shards) == 1:
+            return shards[0]
+        columns = zip(*(shard.chunk(self.parts) for shard in shards), strict=True)
+        return torch.cat([torch.cat(column, dim=axis) for column in columns])
+
+
+class InterleavedQKV(Layout):
+    """Query, key and value projections, grouped by key-value head: `[q..., k, v]` a group.
+
+    Works for weights `[heads * head_dim, hidden]` and biases `[heads * head_dim]`.
+    """
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        grouped = [part.unflatten(0, (dims.num_query_groups, -1)) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        heads = dims.num_attention_heads // dims.num_query_groups
+        sizes = [heads * dims.kv_channels, dims.kv_channels, dims.kv_channels]
+        grouped = whole.unflatten(0, (dims.num_query_groups, -1))
+        return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+
+
+class Vocabulary(Layout):
+    """Embedding or output rows; Megatron's copy ends in zero rows that HF never sees."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        (rows,) = parts
+        if rows.shape[0] != dims.vocab_size:
+            raise UserError(
+                f"the embedding has {rows.shape[0]} rows but config.json says vocab_size="
+                f"{dims.vocab_size}: make the two agree"
+            )
+        missing = dims.padded_vocab_size - dims.vocab_size
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [whole[: dims.vocab_size]]
+
+
+COPY = Layout()
+GATE_UP = Stacked(2)
+QKV = InterleavedQKV()
+VOCABULARY = Vocabulary()

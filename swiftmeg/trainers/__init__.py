@@ -1,0 +1,1 @@
+"""Training methods: each a forward step and a loss; `run` hands them to Megatron's loop."""

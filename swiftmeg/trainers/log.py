@@ -1,0 +1,156 @@
+"""What a run shows and keeps: console lines, logging.jsonl, and one curve per TensorBoard scalar."""
+
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from torch import Tensor
+
+
+class TokenCounter:
+    """Counts the tokens, padding left out, that this rank's micro-batches bring."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """Count one micro-batch."""
+        self.tokens += int(batch["num_tokens"]) if "num_tokens" in batch else batch["input_ids"].numel()
+
+    def take(self) -> int:
+        """Tokens since the last call, summed over data-parallel ranks; collective."""
+        count = torch.tensor([self.tokens], dtype=torch.float64, device=torch.cuda.current_device())
+        self.tokens = 0
+        torch.distributed.all_reduce(count, group=mpu.get_data_parallel_group())
+        return int(count.item())
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: the GPU's allocator, or the resident set without a GPU."""
+    peak = torch.cuda.max_memory_reserved()
+    if peak:
+        return peak / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class RunLog:
+    """Collects what Megatron logs; the last rank prints it and writes logging.jsonl.
+
+    Losses are means since the previous line, weighted as Megatron weights its own.
+    """
+
+    def __init__(self, folder: Path, args: Any, counter: TokenCounter) -> None:
+        self.file = folder / "logging.jsonl"
+        self.args = args
+        self.counter = counter
+        self.is_writer = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+        self.start = self.last = time.monotonic()
+        self.first_iteration: int | None = None
+        self.last_iteration = 0
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.suffix = ""
+
+    def observe(
+        self,
+        loss_dict: dict[str, Tensor],
+        total_loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        iteration: int,
+        loss_scale: float,
+        report_memory_flag: bool,
+        skipped_iter: int,
+        grad_norm: float | None,
+        params_norm: float | None,
+        *args: Any,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Take one step's metrics; on every rank, with training_log's own arguments."""
+        if self.first_iteration is None:
+            self.first_iteration = self.last_iteration = iteration - 1
+        if not skipped_iter:
+            self.steps += 1
+            for key, value in loss_dict.items():
+                self.sums[key] = self.sums.get(key, 0.0) + float(value)
+        if not (is_first_iteration or iteration % self.args.log_interval == 0):
+            return
+        tokens = self.counter.take()
+        now = time.monotonic()
+        done = iteration - self.first_iteration
+        elapsed = now - self.start
+        remaining = elapsed / done * (self.args.train_iters - iteration)
+        per_second = tokens / max(now - self.last, 1e-9)
+        memory = peak_memory_gib()
+        record = {key: value / max(self.steps, 1) for key, value in self.sums.items()}
+        record["grad_norm"] = grad_norm
+        if params_norm is not None:
+            record["params_norm"] = params_norm
+        record |= {
+            "learning_rate": learning_rate,
+            "elapsed_time_per_iteration": (now - self.last) / max(iteration - self.last_iteration, 1),
+            "tokens_per_second": per_second,
+            "memory(GiB)": memory,
+            "elapsed_time": str(timedelta(seconds=round(elapsed))),
+            "remaining_time": str(timedelta(seconds=round(remaining))),
+            "loss_scale": loss_scale,
+            "consumed_samples": self.args.consumed_train_samples,
+            "global_step/max_steps": f"{iteration}/{self.args.train_iters}",
+        }
+        self.suffix = (
+            f" tokens/s: {per_second:.0f} | memory(GiB): {memory:.2f} |"
+            f" elapsed time: {record['elapsed_time']} | remaining time: {record['remaining_time']} |"
+        )
+        self._write(record)
+        self.sums, self.steps = {}, 0
+        self.last, self.last_iteration = now, iteration
+
+    def observe_evaluation(self, iteration: int, losses: dict[str, float]) -> None:
+        """Take one evaluation's losses; the time it took counts for no training step."""
+        if losses:
+            record: dict[str, Any] = {f"eval_{key}": value for key, value in losses.items()}
+            record["global_step/max_steps"] = f"{iteration}/{self.args.train_iters}"
+            self._write(record)
+        self.last = time.monotonic()
+
+    def print_line(self, line: str) -> None:
+        """Print Megatron's line from the last rank, with what it lacks."""
+        if self.is_writer:
+            own, self.suffix = self.suffix, ""
+            print(line + own if " iteration " in line and "consumed samples" in line else line, flush=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.is_writer:
+            return
+        rounded = {k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}
+        with self.file.open("a") as file:
+            file.write(json.dumps(rounded) + "\n")
+
+
+def draw_curves(events: Path, target: Path) -> None:
+    """Draw every scalar under `events` (a TensorBoard folder) as target/NAME.png."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    target.mkdir(parents=True, exist_ok=True)
+    for tag in reader.Tags()["scalars"]:
+        points = reader.Scalars(tag)
+        figure, axes = pyplot.subplots(figsize=(8, 5))
+        axes.plot([p.step for p in points], [p.value for p in points], marker="." if len(points) < 50 else "")
+        axes.set_title(tag)
+        axes.set_xlabel("samples" if tag.endswith("vs samples") else "iteration")
+        axes.grid(alpha=0.3)
+        name = tag.replace("/", "_").replace(".", "_").replace(" ", "_")
+        figure.savefig(target / f"{name}.png", dpi=100, bbox_inches="tight")
+        pyplot.close(figure)

@@ -1,0 +1,65 @@
+"""Megatron's namespace for a training run."""
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+from swiftmeg import platform
+from swiftmeg.args.parse import layout_attributes, megatron_flags, megatron_namespace, model_flags
+from swiftmeg.models.build import padded_vocab_size
+from swiftmeg.models.hf import HFModel
+from swiftmeg.models.layers import choose_backend
+from swiftmeg.models.rope import rope_type
+from swiftmeg.trainers.data import TrainingData
+
+
+def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argparse.Namespace:
+    """Combine flags, the model's arguments and what the data say; sets Megatron's globals."""
+    backend = choose_backend(args.transformer_impl)
+    flags = model_flags(model.megatron_args)
+    given = {k: v for k, v in megatron_flags(args).items() if v is not None}
+    flags |= given
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    seq_length = args.seq_length or math.ceil(data.longest / multiple) * multiple
+    flags |= {
+        "seq_length": seq_length,
+        "max_position_embeddings": max(flags["max_position_embeddings"], seq_length),
+        "train_iters": data.train_iters,
+        "eval_iters": data.eval_iters,
+        "eval_interval": args.eval_interval or args.save_interval,
+        "tensorboard_dir": args.tensorboard_dir or str(Path(args.save) / "runs"),
+        "transformer_impl": "transformer_engine" if backend == "transformer_engine" else "local",
+        "dataloader_type": "external",
+        "lr": args.lr if args.lr is not None else 1e-5,
+        "fp16": args.fp16,
+        "bf16": args.bf16,
+        "exit_on_missing_checkpoint": True,
+        "dist_ckpt_optim_fully_reshardable": True,
+        "distributed_backend": args.distributed_backend or platform.backend(),
+        "no_rope_fusion": _no_rope_fusion(args, backend, model),
+        "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
+        "no_persist_layer_norm": backend == "native",
+    }
+    if args.recompute_granularity == "selective" and args.recompute_modules is None:
+        flags["recompute_modules"] = ["core_attn"]
+    vocabulary = padded_vocab_size(
+        model.megatron_args["vocab_size"], args.tensor_model_parallel_size
+    )
+    attributes = layout_attributes(model.megatron_args, vocabulary, backend)
+    return megatron_namespace(flags, args.extra_megatron_kwargs, attributes)
+
+
+def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
+    """TransformerEngine's kernel cannot scale cosine and sine, as yarn does."""
+    if args.no_rope_fusion is not None:
+        return bool(args.no_rope_fusion)
+    return backend == "native" or rope_type(model.hf_config) == "yarn"
+
+
+def _no_gradient_accumulation_fusion(args: Any) -> bool:
+    """The kernel comes with apex."""
+    if args.no_gradient_accumulation_fusion is not None:
+        return bool(args.no_gradient_accumulation_fusion)
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None

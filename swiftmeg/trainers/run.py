@@ -1,0 +1,139 @@
+"""Training: resolved arguments in, Megatron's loop out. The only caller of `pretrain`."""
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from swiftmeg import distributed, platform
+from swiftmeg.args.check import check_training, checkpoint_defaults
+from swiftmeg.args.resolve import describe, write_args_file
+from swiftmeg.models.hf import HFModel
+from swiftmeg.trainers.data import TrainingData, prepare_data
+
+
+@dataclass
+class Run:
+    """Everything a training method needs to know about its run."""
+
+    args: Any
+    sources: dict[str, str]
+    model: HFModel
+    folder: Path
+    data: TrainingData
+
+
+def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
+    """Train as `args` say.
+
+    Everything that can be wrong with the input is found, and the data are tokenised, before
+    Megatron is imported and before any process group exists.
+    """
+    checkpoint_defaults(args, sources)
+    check_training(args, model)
+    data = prepare_data(args, model.tokenizer())
+    platform.prepare()
+    distributed.initialize(args.distributed_timeout_minutes)
+    folder = next_version(_save_root(args, model), args.add_version)
+    args.save = str(folder)
+    if distributed.on_rank_zero():
+        write_args_file(folder, args, sources)
+        print(describe(args, sources), flush=True)
+    _run_loop(Run(args, sources, model, folder, data))
+
+
+def _save_root(args: Any, model: HFModel) -> Path:
+    return Path(args.save or Path("megatron_output") / model.folder.name).expanduser().resolve()
+
+
+def next_version(root: Path, add_version: bool) -> Path:
+    """The run's output folder, `root/vN-time` with the next free N; the same on every rank."""
+    if not add_version:
+        return root
+    found = [re.match(r"v(\d+)", path.name) for path in root.glob("v*")]
+    number = max((int(match[1]) for match in found if match), default=-1) + 1
+    name = [f"v{number}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    import torch
+
+    torch.distributed.broadcast_object_list(name, src=0, device=platform.device())
+    return root / name[0]
+
+
+def _run_loop(run: Run) -> None:
+    import torch
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from swiftmeg import upstream
+    from swiftmeg.export.load import load_hf
+    from swiftmeg.models.build import dims_of, model_config
+    from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
+    from swiftmeg.trainers.namespace import training_namespace
+    from swiftmeg.trainers.sft import make_forward_step
+
+    upstream.apply()
+    args, model = run.args, run.model
+    megatron = training_namespace(args, model, run.data)
+    hooks: list[Callable[[list[Any]], list[Any]]] = []
+    if args.load is None:
+
+        def load(models: list[Any]) -> list[Any]:
+            load_hf(models, model.folder, model.family, model.config, dims_of(megatron))
+            return models
+
+        hooks.append(load)
+    container = pretrain_cfg_container_from_args(
+        megatron, model_config(megatron, model.hf_config, pre_wrap_hooks=hooks)
+    )
+    container.model.transformer.variable_seq_lengths = True
+    container.model.finalize()
+    counter = TokenCounter()
+    log = RunLog(run.folder, megatron, counter)
+    upstream.on_training_log(log.observe, log.print_line)
+    upstream.on_evaluation(log.observe_evaluation)
+    if args.save_safetensors:
+        upstream.after_save(_hf_writer(run, megatron))
+    pretrain(
+        container,
+        run.data.provider(megatron),
+        ModelType.encoder_or_decoder,
+        make_forward_step(counter),
+    )
+    torch.distributed.barrier()
+    if log.is_writer:
+        _close_tensorboard()
+        draw_curves(Path(megatron.tensorboard_dir), run.folder / "images")
+        print(f"checkpoints, logs and curves are in {run.folder}", flush=True)
+    torch.distributed.barrier()
+
+
+def _close_tensorboard() -> None:
+    from megatron.training.global_vars import get_tensorboard_writer
+
+    if writer := get_tensorboard_writer():
+        writer.flush()
+        writer.close()
+
+
+def _hf_writer(run: Run, megatron: Any) -> Callable[[int, Any], None]:
+    """Write `iter_N-hf` beside each checkpoint."""
+    from swiftmeg.export.save import save_hf
+    from swiftmeg.models.build import dims_of
+
+    def write(iteration: int, models: Any) -> None:
+        save_hf(
+            models,
+            run.folder / f"iter_{iteration:07d}-hf",
+            run.model.folder,
+            run.model.family,
+            run.model.config,
+            dims_of(megatron),
+            dtype=megatron.params_dtype,
+        )
+        gc.collect()
+
+    return write

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: cross entropy on the tokens that the labels name."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from swiftmeg.trainers.log import TokenCounter
+
+IGNORED = -100
+
+
+def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move a batch to where the model is."""
+    device = torch.cuda.current_device()
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def packed_params(batch: dict[str, Tensor]) -> PackedSeqParams | None:
+    """Describe the segments of a padding-free batch to Megatron's attention and RoPE."""
+    if "cu_seqlens" not in batch:
+        return None
+    bounds, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def loss_function(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the losses [b, s] where `mask` [b, s] is 1, and count those places.
+
+    Megatron adds sums and counts over micro-batches and data-parallel ranks and divides once, so
+    the result does not depend on how the global batch is split. A micro-batch without a trained
+    token counts as zero.
+    """
+    total = (losses.float() * mask).sum()
+    count = mask.sum()
+    report = torch.stack([total.detach(), count])
+    return total, count.to(torch.int), {"lm loss": report}
+
+
+def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
+    """The forward step that Megatron's schedules call for every micro-batch."""
+
+    def forward_step(
+        iterator: Iterator[dict[str, Tensor]], model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        counter.add(batch)
+        # Longest segment and segment bounds are read on the host: move the rest only.
+        packed = packed_params(batch)
+        batch = to_device({k: v for k, v in batch.items() if k != "max_seqlen"})
+        if packed is not None:
+            packed.cu_seqlens_q = packed.cu_seqlens_kv = batch["cu_seqlens"]
+        labels = batch["labels"]
+        mask = (labels != IGNORED).float()
+        output = model(
+            batch["input_ids"],
+            batch["position_ids"],
+            None,
+            labels=labels.clamp(min=0),
+            packed_seq_params=packed,
+        )
+        return output, partial(loss_function, mask)
+
+    return forward_step

@@ -1,0 +1,73 @@
+"""Tiny Hugging Face models with awkward sizes and every parameter randomised."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 1003,
+    "hidden_size": 48,
+    "intermediate_size": 84,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+    """Write a randomised model of `family` with its tokenizer; `sizes` override SIZES."""
+    settings = SIZES | sizes
+    if family == "qwen2":
+        settings.pop("head_dim")
+    config = CONFIGS[family](**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
+            parameter.normal_(0.0, scale)
+            if "norm" in name:
+                parameter.add_(1.0)
+    model.to(dtype).save_pretrained(folder)
+    save_tokenizer(folder, settings["vocab_size"])
+    return folder
+
+
+def save_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a byte-level tokenizer whose ids are below `vocab_size`."""
+    specials = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*specials, *alphabet])}
+    assert len(vocabulary) <= vocab_size
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(folder)
