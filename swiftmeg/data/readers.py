@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from swiftmeg.data.rows import Row
@@ -71,7 +72,7 @@ def read_raw(path: Path) -> Iterator[RawRow]:
         raise UserError(f"{path}: is not UTF-8 ({error}): convert the file") from None
     except csv.Error as error:
         raise UserError(f"{path}: is not CSV ({error})") from None
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 

@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 class SpanTokenizer:
     """Tokenises text of which some spans are to be told apart.
 
-    A fast tokenizer sees the whole text at once and reports each token's place, so the ids are
-    those that the model sees at inference. A slow one reports no places: it gets the pieces
-    between the spans' borders one by one.
+    A fast tokenizer sees the whole text at once and reports each token's place. Where it would
+    join the end of a prompt with the beginning of a span in one token, which cannot happen when
+    the model generates the span, it gets the pieces between the spans' borders one by one; so does
+    a slow tokenizer, which reports no places.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -34,19 +35,18 @@ class SpanTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def ids_and_mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """Return token ids and, for each, whether it begins inside one of the ordered `spans`.
-
-        A token that begins before a span and reaches into it does not count: the model could not
-        produce it as the span's first token.
-        """
+        """Return token ids and, for each, whether it begins inside one of the ordered `spans`."""
         if self._fast is None:
             return self._by_pieces(text, spans)
         encoding = self._fast.encode(text, add_special_tokens=False)
         mask, index = [], 0
-        for begin, _ in encoding.offsets:
+        for begin, end in encoding.offsets:
             while index < len(spans) and begin >= spans[index][1]:
                 index += 1
-            mask.append(index < len(spans) and begin >= spans[index][0])
+            inside = index < len(spans) and begin >= spans[index][0]
+            if not inside and index < len(spans) and end > spans[index][0]:
+                return self._by_pieces(text, spans)
+            mask.append(inside)
         return list(encoding.ids), mask
 
     def _by_pieces(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:

@@ -1,0 +1,134 @@
+"""Micro-batches: shapes, shifted labels, borders between samples, packs."""
+
+import random
+
+import pytest
+import torch
+
+from swiftmeg.data.collate import Collator
+from swiftmeg.data.packing import WINDOW, PackedDataset, pack
+from swiftmeg.errors import UserError
+
+PAD = 99
+
+
+def row(*tokens, trained=1):
+    """A row whose last `trained` tokens are trained."""
+    untrained = len(tokens) - trained
+    return {"input_ids": list(tokens), "labels": [-100] * untrained + list(tokens[untrained:])}
+
+
+def test_padding_free():
+    batch = Collator(PAD)([row(1, 2, 3, trained=2), row(4, 5)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+    assert batch["labels"].tolist() == [[2, 3, -100, 5, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5]
+    assert batch["max_seqlen"].tolist() == 3
+    kinds = {name: tensor.dtype for name, tensor in batch.items()}
+    assert kinds == {
+        "input_ids": torch.int64,
+        "labels": torch.int64,
+        "position_ids": torch.int64,
+        "cu_seqlens": torch.int32,
+        "max_seqlen": torch.int32,
+    }
+    assert batch["max_seqlen"].dim() == 0
+
+
+@pytest.mark.parametrize("options", [{"pad_to_multiple_of": 8}, {"fixed_length": 8}])
+def test_padding_is_a_segment_of_its_own(options):
+    batch = Collator(PAD, **options)([row(1, 2, 3), row(4, 5)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, PAD, PAD, PAD]]
+    assert batch["labels"].tolist() == [[-100, 3, -100, 5, -100, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5, 8]
+
+
+def test_a_full_row_gets_no_padding():
+    batch = Collator(PAD, pad_to_multiple_of=5)([row(1, 2, 3), row(4, 5)])
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5]
+
+
+@pytest.mark.parametrize("options", [{"pad_to_multiple_of": 4}, {"fixed_length": 4}])
+def test_padded(options):
+    batch = Collator(PAD, padding_free=False, **options)([row(1, 2, 3, trained=2), row(4, 5)])
+    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert batch["input_ids"].tolist() == [[1, 2, 3, PAD], [4, 5, PAD, PAD]]
+    assert batch["labels"].tolist() == [[2, 3, -100, -100], [5, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_nothing_is_predicted_across_a_border():
+    rows = [row(1, 2, 3, trained=2), row(4, 5, 6, trained=3)]  # the first of the second is trained
+    assert Collator(PAD)(rows)["labels"].tolist() == [[2, 3, -100, 5, 6, -100]]
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_bad_micro_batches(padding_free):
+    collator = Collator(PAD, padding_free, fixed_length=4)
+    with pytest.raises(UserError, match="of 5 tokens is longer than the fixed length 4"):
+        collator([row(1, 2, 3, 4, 5)])
+    with pytest.raises(ValueError, match="at least one row"):
+        collator([])
+    with pytest.raises(UserError, match="the fixed length 6 is not a multiple of 4"):
+        Collator(PAD, padding_free, pad_to_multiple_of=4, fixed_length=6)
+
+
+# Packing.
+
+
+def test_every_row_is_in_one_pack_that_it_fits():
+    chooser = random.Random(0)
+    lengths = [chooser.randint(1, 100) for _ in range(WINDOW + 500)]
+    packs = pack(lengths, 100)
+    assert sorted(index for group in packs for index in group) == list(range(len(lengths)))
+    assert max(sum(lengths[index] for index in group) for group in packs) <= 100
+    assert sum(lengths) / (100 * len(packs)) > 0.98
+    assert packs == pack(lengths, 100)
+
+
+def first_fit_decreasing(lengths, limit):
+    """As the textbook has it, in quadratic time."""
+    groups = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for group in groups:
+            if sum(lengths[other] for other in group) + lengths[index] <= limit:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return sorted(sorted(group) for group in groups)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 33, 64])
+def test_packs_equal_the_textbook(count):
+    chooser = random.Random(count)
+    lengths = [chooser.randint(1, 20) for _ in range(count)]
+    assert pack(lengths, 20) == first_fit_decreasing(lengths, 20)
+
+
+def test_a_row_too_long_for_a_pack():
+    with pytest.raises(UserError, match="row 2 has 11 tokens, more than --max_length 10"):
+        pack([3, 11], 10)
+
+
+class Rows:
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitem__(self, key):
+        if key == "length":
+            return [len(row["input_ids"]) for row in self.rows]
+        return self.rows[key]
+
+
+def test_packed_rows_keep_their_borders():
+    packed = PackedDataset(Rows([row(1, 2, 3), row(4, 5), row(6, 7, 8), row(9, 10)]), 5)
+    assert len(packed) == 2
+    assert packed.fill == 1.0
+    batch = Collator(PAD)([packed[0], packed[1]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
+    assert batch["cu_seqlens"].tolist() == [0, 3, 5, 8, 10]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]
