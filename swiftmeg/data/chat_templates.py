@@ -3,6 +3,8 @@
 Each is the plain form of its family, without tools. Names follow the model families' own.
 """
 
+# ruff: noqa: RUF001 - DeepSeek writes its tokens with full-width bars.
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,21 @@ _GEMMA = ChatTemplate(
     tokens=("<start_of_turn>", "<end_of_turn>"),
 )
 
+# The tokenizer's own template of these models cuts the thinking out of every turn.
+_DEEPSEEK_R1 = ChatTemplate(
+    jinja=(
+        "{{- bos_token -}}"
+        "{%- for message in messages -%}"
+        "{%- if message.role == 'system' -%}{{ message.content }}"
+        "{%- elif message.role == 'assistant' -%}"
+        "{{ '<｜Assistant｜>' + message.content + '<｜end▁of▁sentence｜>' }}"
+        "{%- else -%}{{ '<｜User｜>' + message.content }}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- if add_generation_prompt -%}{{ '<｜Assistant｜>' }}{%- endif -%}"
+    ),
+    tokens=("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
+)
+
 CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     "chatml": _CHATML,
     "qwen": ChatTemplate(_CHATML.jinja, _CHATML.tokens, "You are a helpful assistant."),
@@ -73,6 +90,7 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     ),
     "llama3": _LLAMA3,
     "gemma": _GEMMA,
+    "deepseek_r1": _DEEPSEEK_R1,
 }
 
 

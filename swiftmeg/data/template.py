@@ -188,7 +188,7 @@ class Template:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise RowError("the chat template refuses the messages", str(error)) from None
         return str(text)
 
@@ -227,9 +227,22 @@ def _chat_template(tokenizer: Any, name: str | None) -> ChatTemplate:
 
 
 def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the texts of all added tokens, of which one closes a turn."""
+    """Return the texts of the tokens that may close a turn: special ones and other markers.
+
+    `</think>`, `</tool_call>` and their like are added tokens too, but close a part of a turn.
+    """
     texts = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
-    return tuple(sorted(text for text in texts if text.strip()))
+    special = {
+        *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
+        *tokenizer.all_special_tokens,
+    }
+    return tuple(
+        sorted(
+            text
+            for text in texts
+            if text.strip() and (text in special or not text.startswith("</"))
+        )
+    )
 
 
 def _read_system(system: str | None) -> str | None:

@@ -42,9 +42,9 @@ def assistant_turns(
 ) -> tuple[str, list[Turn]]:
     """Return the text of the conversation and its assistant turns in order.
 
-    `end_tokens` are the texts of the tokenizer's added tokens: a turn ends right behind the one
-    that closes it, and white space after it is left out. Raises UserError if the template renders
-    the conversation in a way that leaves the turns ambiguous.
+    `end_tokens` are the texts of the tokens that may close a turn, which then ends right behind
+    that token. Raises UserError if the template renders the conversation in a way that leaves the
+    turns ambiguous.
     """
     text = render(messages, False)
     indices = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
@@ -62,7 +62,7 @@ def _locate(
         prompt = render(messages[:k], True)
     so_far = render(messages[: k + 1], False)
     if text.startswith(prompt) and text.startswith(so_far) and len(prompt) <= len(so_far):
-        return Turn(len(prompt), _trim_end(text, len(prompt), len(so_far), end_tokens))
+        return Turn(len(prompt), _closed(text, len(prompt), len(so_far), end_tokens))
     if k == len(messages) - 1:
         raise _ambiguous(k, "does not begin with the template's generation prompt")
     return _rewritten_turn(messages, k, text, prompt, render, end_tokens)
@@ -101,10 +101,17 @@ def _surroundings(messages: Sequence[Message], k: int, render: Render) -> tuple[
     return parts[0], parts[1]
 
 
-def _trim_end(text: str, start: int, end: int, end_tokens: tuple[str, ...]) -> int:
-    """Leave out white space behind a closing token; without such a token, keep everything."""
+def _closed(text: str, start: int, end: int, end_tokens: tuple[str, ...]) -> int:
+    """Return where the turn `[start, end)` ends with the token that closes it.
+
+    White space behind that token is left out. Where the template does not close turns, the token
+    that opens the next one takes its place: producing it is how such a model stops.
+    """
     turn = text[start:end].rstrip()
-    return start + len(turn) if turn.endswith(end_tokens) else end
+    if turn.endswith(end_tokens):
+        return start + len(turn)
+    opening = next((token for token in end_tokens if text.startswith(token, end)), "")
+    return end + len(opening)
 
 
 def _end_after(
@@ -118,7 +125,7 @@ def _end_after(
     """Return where turn k ends, given that its content ends at `end`."""
     tail = _surroundings(messages[: k + 1], k, render)[1]
     if text.startswith(tail, end):
-        return _trim_end(text, end, end + len(tail), end_tokens)
+        return _closed(text, end, end + len(tail), end_tokens)
     for token in end_tokens:  # some templates close the last turn with another token
         if text.startswith(token, end):
             return end + len(token)

@@ -120,6 +120,13 @@ def test_evaluation_fills_up_with_rows_of_packs():
     assert [int((batch["labels"] != -100).sum()) for batch in batches] == [2, 1, 0, 0]
 
 
+def test_filler_rows_have_no_trained_token():
+    rows = [{"input_ids": [5], "labels": [5], "length": 1}]
+    loader = EvalLoader(rows, list, micro_batch_size=1, global_batch_size=3, dp_rank=0, dp_size=1)
+    filler = {"input_ids": [5], "labels": [-100], "length": 1}
+    assert list(loader) == [rows, [filler], [filler]]
+
+
 def test_evaluation_repeats_for_ever():
     loader = EvalLoader(
         Numbers(3), list, micro_batch_size=1, global_batch_size=3, dp_rank=0, dp_size=1

@@ -142,9 +142,17 @@ def test_a_turn_closed_by_another_token_than_the_last(make_tokenizer, templates)
 def test_eos_is_added_where_nothing_closes_the_last_turn(make_tokenizer, templates):
     tokenizer = make_tokenizer(templates.no_end)
     row = {"messages": user_assistant("a", "one", "b", "two")}
-    assert trained_text(tokenizer, row) == ["one", "two</s>"]
+    # What opens the user's turn is how such a model stops.
+    assert trained_text(tokenizer, row) == ["one<|user|>", "two</s>"]
     ids = Template(tokenizer).encode(row)["input_ids"]
     assert ids == [*ids_of(tokenizer, row["messages"]), tokenizer.eos_token_id]
+
+
+def test_the_end_of_a_part_does_not_close_a_turn(make_tokenizer, templates):
+    tokenizer = make_tokenizer(templates.no_end)
+    tokenizer.add_tokens(["</tool_call>"], special_tokens=False)
+    row = {"messages": user_assistant("a", "x</tool_call>", "b", "y</tool_call>")}
+    assert trained_text(tokenizer, row) == ["x</tool_call><|user|>", "y</tool_call></s>"]
 
 
 def test_a_conversation_may_begin_with_the_assistant(make_tokenizer, templates):
@@ -395,6 +403,21 @@ def test_gemma_puts_the_system_prompt_into_the_first_user_turn(make_tokenizer):
     )
 
 
+def test_deepseek_r1_keeps_the_thinking_of_every_turn(make_tokenizer):
+    from swiftmeg.data.chat_templates import CHAT_TEMPLATES
+
+    tokenizer = make_tokenizer(None)
+    tokenizer.add_tokens(list(CHAT_TEMPLATES["deepseek_r1"].tokens), special_tokens=True)
+    thought = "<think>\nhm\n</think>\n\n"
+    messages = [{"role": "system", "content": "SYS"}]
+    messages += user_assistant("a", thought + "one", "b", thought + "two")
+    end = CHAT_TEMPLATES["deepseek_r1"].tokens[-1]
+    assert trained_text(tokenizer, {"messages": messages}, name="deepseek_r1") == [
+        thought + "one" + end,
+        thought + "two" + end,
+    ]
+
+
 def test_a_template_file(make_tokenizer, templates, tmp_path):
     path = tmp_path / "mine.jinja"
     path.write_text(templates.chatml)
@@ -444,3 +467,6 @@ def test_what_the_template_refuses_is_a_bad_row(make_tokenizer, templates):
     template = Template(make_tokenizer(strict + templates.chatml))
     with pytest.raises(RowError, match=r"refuses the messages \(no system\)"):
         template.encode({"messages": conversation(1, "Be brief.")})
+    template = Template(make_tokenizer(templates.chatml + "{{ 'a' + messages }}"))
+    with pytest.raises(RowError, match=r"refuses the messages \(can only concatenate"):
+        template.encode({"messages": conversation(1)})
