@@ -105,7 +105,7 @@ def _object(path: Path | str, number: int, value: Any) -> Row:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Only a line feed ends a line: JSON text may hold other characters that count as line ends.
+    # Only a line feed ends a line; a carriage return within it is text.
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         for number, line in enumerate(file, 1):
             if line.strip():

@@ -4,11 +4,13 @@ import logging
 import multiprocessing
 import os
 import signal
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from datasets import Dataset
 
 from swiftmeg.data.encode import encode_rows, rows_fingerprint
+from swiftmeg.data.parallel import map_chunks
 from swiftmeg.data.store import get_or_build
 from swiftmeg.data.template import Template
 from swiftmeg.errors import UserError
@@ -167,6 +169,26 @@ def test_stripped_thinking_is_reported(make_tokenizer, templates, caplog):
         num_proc=2,
     )
     assert "1 earlier assistant turns are context only" in caplog.text
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_chunks_keep_their_order_with_a_bounded_backlog(num_proc):
+    taken = []
+
+    def chunks():
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    results = map_chunks(lambda number: number * number, chunks(), num_proc)
+    assert next(results) == 0
+    assert len(taken) <= 2 * num_proc
+    assert list(results) == [number * number for number in range(1, 20)]
+
+
+def test_a_killed_worker_is_noticed():
+    with pytest.raises(BrokenProcessPool):
+        list(map_chunks(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))
 
 
 # Sharing.

@@ -72,11 +72,11 @@ def test_every_kind_of_file(tmp_path, num_proc):
 
 
 def test_text_files(tmp_path):
-    (tmp_path / "a.txt").write_text("one\n\n  two\r\n")
+    (tmp_path / "a.txt").write_bytes(b"one\n\n  t\rwo\r\n")
     loaded, _ = load_rows(["a.txt"], dataset_shuffle=False)
     assert loaded["messages"][:] == [
         [{"role": "assistant", "content": "one"}],
-        [{"role": "assistant", "content": "  two"}],
+        [{"role": "assistant", "content": "  t\rwo"}],
     ]
     assert loaded["origin"][:] == ["a.txt:1", "a.txt:3"]
 
@@ -209,6 +209,7 @@ def test_columns_are_renamed_first(tmp_path):
     write(tmp_path / "a.jsonl", [{"q1": "x", "a1": "y", "text": "z"}])
     loaded, _ = load_rows(["a.jsonl"], columns={"q1": "query", "a1": "response"})
     assert [message["content"] for message in loaded[0]["messages"]] == ["x", "y"]
+    assert answers(load_rows(["a.jsonl"])[0]) == ["z"]  # not what the cache holds
 
 
 # The syntax.
