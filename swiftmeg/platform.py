@@ -9,6 +9,7 @@ order nothing (every operation is complete when it returns) and memory counters 
 import collections
 import contextlib
 import os
+import types
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _is_cuda(value: Any) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """Every `device=cuda` argument, named or positional, becomes the CPU."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(self, func, kinds, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -104,6 +105,9 @@ def _patch_torch() -> None:
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.is_current_stream_capturing = lambda: False
     cuda.get_device_capability = lambda *args, **kwargs: (0, 0)
+    cuda.get_device_properties = lambda *args, **kwargs: types.SimpleNamespace(
+        name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=os.cpu_count()
+    )
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *args, **kwargs: (
         torch.set_rng_state(state)

@@ -1,5 +1,6 @@
 """Every patch of Megatron, each with its reason and the condition under which it can go."""
 
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,16 @@ from swiftmeg import platform
 def apply() -> None:
     """Install the patches that every command needs; calling it again changes nothing."""
     from megatron.core.datasets import utils as dataset_utils
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.training import arguments, initialize, training
 
     # The wheel ships helpers_cpp compiled but no Makefile, and compile_helpers() runs `make` and
     # exits the process when that fails. Can go when upstream skips an existing library.
     dataset_utils.compile_helpers = lambda: None
+    # A save starts a manager process per rank for the results of its writers, although these are
+    # threads unless the save is asynchronous: seconds lost, and an orphan where a rank is killed.
+    # Can go when upstream starts it for asynchronous saves only.
+    filesystem_async._results_queue = queue.Queue()
     # Prints about 900 lines. The values that matter are in args.json, with their sources, and all of
     # them are in the checkpoint. Can go when upstream has a switch for it.
     arguments._print_args = lambda title, args: None

@@ -73,14 +73,15 @@ def megatron_namespace(
     """
     from megatron.training.global_vars import set_global_variables
 
-    parser = megatron_arguments.add_megatron_arguments(
-        argparse.ArgumentParser(prog="megatron", allow_abbrev=False)
-    )
-    argv = _to_argv(parser, {k: v for k, v in flags.items() if k not in extra}, "swiftmeg")
-    argv += _to_argv(parser, extra, "--extra_megatron_kwargs")
-    command, sys.argv = sys.argv, ["megatron", *argv]
+    def write_command_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Called by parse_args with the complete parser, just before it reads sys.argv."""
+        own = _to_argv(parser, {k: v for k, v in flags.items() if k not in extra}, "swiftmeg")
+        sys.argv = ["megatron", *own, *_to_argv(parser, extra, "--extra_megatron_kwargs")]
+        return parser
+
+    command = sys.argv
     try:
-        args = megatron_arguments.parse_args()
+        args = megatron_arguments.parse_args(extra_args_provider=write_command_line)
     finally:
         sys.argv = command
     for name, value in attributes.items():
