@@ -13,9 +13,12 @@ DIR=quickstart
 MODEL=$DIR/SmolLM2-135M-Instruct
 TRAINED=$DIR/SmolLM2-135M-$NAME
 
-show() {
+show() { # show WORD...: print the words as a shell takes them; | separates commands
+    local word
     printf '\n$'
-    printf ' %q' "$@"
+    for word in "$@"; do
+        if [[ $word =~ ^[A-Za-z0-9_./|-]+$ ]]; then printf ' %s' "$word"; else printf ' %s' "${word@Q}"; fi
+    done
     printf '\n'
 }
 
@@ -27,7 +30,7 @@ step() {
 ask() { # ask MODEL ANSWER_FILE
     local words=(swift infer --model "$1" --temperature 0 --max_new_tokens 64 --result_path "$2")
     rm -f "$2"
-    show echo "$QUESTION" "|" "${words[@]}" | sed 's/ \\| / | /'
+    show echo "$QUESTION" "|" "${words[@]}"
     echo "$QUESTION" | "${words[@]}"
 }
 

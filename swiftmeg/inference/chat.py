@@ -26,7 +26,8 @@ def chat(engine: Engine, results: ResultFile, stream: bool) -> None:
 
     Every turn is added to `results`. Without a chat template each query stands alone.
     """
-    print(HELP + RULE)
+    if sys.stdin.isatty():
+        print(HELP + RULE)
     history: list[Message] = []
     read: Callable[[str], str] = _read_line
     while True:

@@ -46,7 +46,7 @@ def test_chat_keeps_the_conversation_until_it_is_cleared(
     assert all(row["messages"][-1]["content"] == row["response"] for row in rows)
     shown = capsys.readouterr().out
     assert f"<<< one\n{first}\n{RULE}\n" in shown
-    assert shown.count(RULE) == 5
+    assert shown.count(RULE) == 4
 
 
 def test_chat_reads_queries_of_several_lines(
