@@ -36,3 +36,9 @@ def on_rank_zero() -> bool:
 def barrier() -> None:
     """Wait for every process of the job."""
     torch.distributed.barrier()
+
+
+def shut_down() -> None:
+    """Leave the job, if this process is in one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

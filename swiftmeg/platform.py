@@ -1,13 +1,14 @@
 """Megatron-Core on machines without CUDA: the CPU stands in for the GPU, gloo for NCCL.
 
-Megatron names `cuda` in tensor factories, RNG trackers, streams and asserts. `prepare()` makes those
-names mean the CPU in this process, and only where no CUDA device exists; it must run before
-`megatron` is imported. Nothing is emulated beyond what a synchronous device needs: streams and events
-order nothing (every operation is complete when it returns) and memory counters read zero.
+Megatron names `cuda` in tensor factories, RNG trackers, streams and asserts. `prepare()` makes
+those names mean the CPU in this process, and only where no CUDA device exists; it must run before
+`megatron` is imported. Nothing is emulated beyond what a synchronous device needs: streams and
+events order nothing (an operation is complete when it returns) and memory counters read zero.
 """
 
 import collections
 import contextlib
+import logging
 import os
 import types
 from typing import Any
@@ -44,7 +45,9 @@ def _is_cuda(value: Any) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """Every `device=cuda` argument, named or positional, becomes the CPU."""
 
-    def __torch_function__(self, func, kinds, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(
+        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
@@ -52,7 +55,7 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Stream(contextlib.nullcontext):  # type: ignore[type-arg]
+class _Stream(contextlib.nullcontext[Any]):
     """A stream or event on a device where every operation has finished when it returns."""
 
     cuda_stream = 0
@@ -92,9 +95,20 @@ def _type_name(original: Any) -> Any:
 
 def _patch_torch() -> None:
     cuda: Any = torch.cuda
-    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats", "ipc_collect"):
+    for name in (
+        "synchronize",
+        "empty_cache",
+        "set_device",
+        "reset_peak_memory_stats",
+        "ipc_collect",
+    ):
         setattr(cuda, name, lambda *args, **kwargs: None)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
         setattr(cuda, name, lambda *args, **kwargs: 0)
     cuda.memory_stats = lambda *args, **kwargs: collections.defaultdict(int)
     cuda.current_device = lambda: CPU
@@ -114,10 +128,10 @@ def _patch_torch() -> None:
     )
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args, **kwargs: None
-    torch.Tensor.cuda = _itself  # type: ignore[method-assign, assignment]
-    torch.Tensor.pin_memory = _itself  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = _itself  # type: ignore[method-assign]
+    torch.Tensor.pin_memory = _itself  # type: ignore[method-assign]
     torch.Tensor.type = _type_name(torch.Tensor.type)  # type: ignore[method-assign]
-    torch.nn.Module.cuda = _itself  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = _itself  # type: ignore[method-assign]
     # The compiler costs more at start-up than the fused kernels give back on a CPU.
     torch._dynamo.config.disable = True
 
@@ -125,6 +139,8 @@ def _patch_torch() -> None:
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random
 
+    # Both states are one here, so its warning about a change of the CPU's says nothing.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

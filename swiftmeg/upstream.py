@@ -20,9 +20,11 @@ def apply() -> None:
     # threads unless the save is asynchronous: seconds lost, and an orphan where a rank is killed.
     # Can go when upstream starts it for asynchronous saves only.
     filesystem_async._results_queue = queue.Queue()
-    # Prints about 900 lines. The values that matter are in args.json, with their sources, and all of
-    # them are in the checkpoint. Can go when upstream has a switch for it.
+    # Prints about 900 lines. The values that matter are in args.json, with their sources, and all
+    # are in the checkpoint. Can go when upstream has a switch for it.
     arguments._print_args = lambda title, args: None
+    # Print a block of estimates at each early log line; the lines state the peak. Can go likewise.
+    training.report_theoretical_memory = training.report_memory = lambda *args, **kwargs: None
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
@@ -72,7 +74,15 @@ def on_evaluation(observer: Callable[[int, dict[str, float]], None]) -> None:
         state["losses"] = result[0]
         return result
 
-    def reporting(prefix: str, forward_step: Any, iterator: Any, model: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+    def reporting(
+        prefix: str,
+        forward_step: Any,
+        iterator: Any,
+        model: Any,
+        iteration: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         result = report(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
         losses = state.pop("losses", None) or {}
         observer(iteration, {key: float(value) for key, value in losses.items()})

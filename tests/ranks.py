@@ -1,4 +1,4 @@
-"""Run a function on N ranks of a gloo job, quickly: ranks fork from a server that knows Megatron."""
+"""Run a function on N ranks of a gloo job, forked from a server that has imported Megatron."""
 
 import multiprocessing
 import os
@@ -51,8 +51,10 @@ def _rank_main(
     os._exit(0)
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
-    """Return `function(*args)` of every rank, which must pickle; raises the first rank's failure."""
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+) -> list[Any]:
+    """Return every rank's `function(*args)`, which must pickle; raises the first failure."""
     context = _context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

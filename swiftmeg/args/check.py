@@ -102,7 +102,9 @@ def check_training(args: Any, model: HFModel) -> None:
         raise UserError(f"--min_lr {args.min_lr} is above --lr {args.lr}: lower it")
     if args.packing and args.max_length is None:
         raise UserError("--packing true needs --max_length: set it or drop --packing")
-    if args.overlap_param_gather and not (args.overlap_grad_reduce and args.use_distributed_optimizer):
+    if args.overlap_param_gather and not (
+        args.overlap_grad_reduce and args.use_distributed_optimizer
+    ):
         raise UserError(
             "--overlap_param_gather true needs --overlap_grad_reduce true and "
             "--use_distributed_optimizer true: set them or drop it"
@@ -157,5 +159,3 @@ def read_iteration(folder: Path) -> str:
     """The name of the checkpoint's latest iteration folder."""
     word = (folder / TRACKER).read_text().strip()
     return word if word == "release" else f"iter_{int(word):07d}"
-
-

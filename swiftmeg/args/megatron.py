@@ -64,9 +64,9 @@ class TrainingArguments(MegatronFlags):
     no_bias_swiglu_fusion: bool = False
     """Switch off the fused SwiGLU."""
     no_rope_fusion: bool | None = None
-    """Switch off TransformerEngine's fused RoPE. None: where the layers or the scaling need it."""
+    """Switch off TransformerEngine's fused RoPE. None: where layers or scaling need it."""
     no_gradient_accumulation_fusion: bool | None = None
-    """Switch off weight-gradient accumulation inside the product. None: off unless apex is there."""
+    """Switch off weight-gradient accumulation inside the product. None: off without apex."""
 
 
 @dataclass

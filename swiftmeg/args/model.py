@@ -44,7 +44,7 @@ class DataArguments:
     """Data"""
 
     dataset: list[str] = field(default_factory=list)
-    """Training sets: `path`, `id` or `[hf::|ms::]id[:subset]`, each with an optional `#N` sample."""
+    """Training sets: `path`, `id` or `[hf::|ms::]id[:subset]`, each with an optional `#N`."""
     val_dataset: list[str] = field(default_factory=list)
     """Validation sets in the same syntax; switches --split_dataset_ratio off."""
     split_dataset_ratio: float = 0.0

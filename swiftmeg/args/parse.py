@@ -43,7 +43,7 @@ def model_flags(megatron_args: dict[str, Any]) -> dict[str, Any]:
 
 def _to_argv(parser: argparse.ArgumentParser, flags: dict[str, Any], where: str) -> list[str]:
     argv: list[str] = []
-    known = parser._option_string_actions
+    known = {word.replace("_", "-"): word for word in parser._option_string_actions}
     for name, value in flags.items():
         if value is None or value is False:
             continue
@@ -52,7 +52,7 @@ def _to_argv(parser: argparse.ArgumentParser, flags: dict[str, Any], where: str)
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f": did you mean {near[0][2:].replace('-', '_')}?" if near else ""
             raise UserError(f"{where}: Megatron has no argument {name}{hint}")
-        argv.append(flag)
+        argv.append(known[flag])
         if isinstance(value, list | tuple):
             argv.extend(str(item) for item in value)
         elif value is not True:
@@ -94,7 +94,9 @@ def megatron_namespace(
     return args
 
 
-def layout_attributes(megatron_args: dict[str, Any], padded_vocab: int, backend: str) -> dict[str, Any]:
+def layout_attributes(
+    megatron_args: dict[str, Any], padded_vocab: int, backend: str
+) -> dict[str, Any]:
     """Attributes of the namespace that the model builder reads."""
     return {
         "vocab_size": megatron_args["vocab_size"],

@@ -4,8 +4,8 @@ from swiftmeg.args.commands import ExportArguments
 from swiftmeg.args.parser import parse_flags
 from swiftmeg.args.resolve import resolve
 from swiftmeg.args.training import inherited, read_named_model
-from swiftmeg.export.convert import convert
 from swiftmeg.cli.console import start_logging
+from swiftmeg.export.convert import convert
 
 
 def main(argv: list[str]) -> None:

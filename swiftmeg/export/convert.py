@@ -7,7 +7,7 @@ from typing import Any
 
 from swiftmeg import distributed, platform
 from swiftmeg.args.check import check_checkpoint, check_layout
-from swiftmeg.args.resolve import describe, write_args_file
+from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
 
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
 
 
 def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
-    """Find what is wrong before anything heavy starts; returns the output folder and shard bytes."""
+    """Find what is wrong before anything heavy starts; return output folder and shard bytes."""
     if args.to_mcore == args.to_hf:
         raise UserError("pass either --to_mcore true or --to_hf true")
     if args.to_hf and args.mcore_model is None:
@@ -59,8 +59,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
     args.model, args.output_dir = str(model.folder), str(target)
     platform.prepare()
-    from swiftmeg.export.model import build_model, load_mcore, save_mcore
     from swiftmeg.export.load import load_hf
+    from swiftmeg.export.model import build_model, load_mcore, save_mcore
     from swiftmeg.export.precision import compare_logits
     from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
@@ -95,10 +95,20 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if args.to_mcore:
         save_mcore(models, unfinished)
     if first:
-        write_args_file(unfinished, args, sources)
+        _write_args(unfinished, args, sources)
         _move_into(unfinished, target)
         print(f"written to {target}", flush=True)
     distributed.barrier()
+    distributed.shut_down()
+
+
+def _write_args(folder: Path, args: Any, sources: dict[str, str]) -> None:
+    """A model keeps the args.json of the checkpoint that it comes from."""
+    trained = Path(args.mcore_model or "") / ARGS_FILE
+    if args.to_hf and trained.is_file():
+        shutil.copyfile(trained, folder / ARGS_FILE)
+    else:
+        write_args_file(folder, args, sources)
 
 
 def _move_into(unfinished: Path, target: Path) -> None:

@@ -50,7 +50,12 @@ def mcore_logits(models: list[Any], ids: Tensor, vocab_size: int) -> Tensor | No
     """
     chunks = unwrap_model(models)
     dtype = chunks[0].config.params_dtype
-    configs = {id(module.config): module.config for chunk in chunks for module in chunk.modules() if hasattr(module, "config")}
+    configs = {
+        id(module.config): module.config
+        for chunk in chunks
+        for module in chunk.modules()
+        if hasattr(module, "config")
+    }
 
     def cast(to: torch.dtype) -> None:
         for chunk in chunks:
@@ -81,6 +86,9 @@ def mcore_logits(models: list[Any], ids: Tensor, vocab_size: int) -> Tensor | No
 def hf_logits(folder: Path, ids: Tensor) -> Tensor:
     """fp32 logits [1, s, vocab_size] of the model in an HF folder."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ids.device)
     logits: Tensor = model.eval()(ids).logits

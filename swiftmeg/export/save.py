@@ -11,7 +11,13 @@ import torch
 from megatron.core import mpu
 
 from swiftmeg.export.load import OUTPUT
-from swiftmeg.export.shards import LiveWeight, gather_shards, holds_first_copy, is_writer, live_weights
+from swiftmeg.export.shards import (
+    LiveWeight,
+    gather_shards,
+    holds_first_copy,
+    is_writer,
+    live_weights,
+)
 from swiftmeg.export.weights import INDEX, assign_files, write_files
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.layout import Dims

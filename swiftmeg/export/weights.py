@@ -65,7 +65,8 @@ class HFWeights:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, on the CPU, in the dtype of the file."""
         try:
-            return self._handle(self.files[name]).get_tensor(name)  # type: ignore[no-any-return]
+            tensor: torch.Tensor = self._handle(self.files[name]).get_tensor(name)
+            return tensor
         except SafetensorError as error:
             path = self.folder / self.files[name]
             raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None

@@ -65,6 +65,8 @@ def model_config(
         for model in models:
             _use_hf_rope(model, hf_config)
             _forbid_padded_vocabulary(model, args.vocab_size)
+            if not args.fp8:
+                _leave_out_extra_state(model)
         return models
 
     config = gpt_config_from_args(args)
@@ -97,3 +99,21 @@ def _forbid_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:
         return logits, bias
 
     model.output_layer.register_forward_hook(mask)
+
+
+def _leave_out_extra_state(model: GPTModel) -> None:
+    """Keep TransformerEngine's `_extra_state` (FP8 scales, else empty) out of checkpoints.
+
+    Without it both layer backends read and write the same entries.
+    """
+    complete = model.sharded_state_dict
+
+    def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+        entries = complete(*args, **kwargs)
+        return {k: v for k, v in entries.items() if not k.endswith("_extra_state")}
+
+    def forgive(module: torch.nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [k for k in keys.missing_keys if not k.endswith("_extra_state")]
+
+    model.sharded_state_dict = sharded_state_dict
+    model.register_load_state_dict_post_hook(forgive)

@@ -20,7 +20,7 @@ HFConfig = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """HF tensors `hf` are Megatron parameter `mcore`, joined by `layout`; `{i}` is a layer number."""
+    """HF tensors `hf` are Megatron parameter `mcore`, joined by `layout`; `{i}`: a layer number."""
 
     mcore: str
     hf: tuple[str, ...]
@@ -122,7 +122,7 @@ REGISTRY = _Registry()
 def rope_theta(config: HFConfig) -> float:
     """RoPE's base from `rope_theta` or, as transformers 5 writes it, `rope_parameters`."""
     nested = config.get("rope_parameters") or {}
-    return float(nested.get("rope_theta", config.get("rope_theta", 10000.0)))
+    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
 def dense_args(config: HFConfig) -> dict[str, Any]:
@@ -171,7 +171,9 @@ DENSE_ROWS = (
     row(ATTENTION + "k_layernorm.weight", HF_ATTENTION + "k_norm.weight"),
     row(ATTENTION + "linear_proj.weight", HF_ATTENTION + "o_proj.weight"),
     row(ATTENTION + "linear_proj.bias", HF_ATTENTION + "o_proj.bias"),
-    row("decoder.layers.{i}.pre_mlp_layernorm.weight", HF_LAYER + "post_attention_layernorm.weight"),
+    row(
+        "decoder.layers.{i}.pre_mlp_layernorm.weight", HF_LAYER + "post_attention_layernorm.weight"
+    ),
     row(
         MLP + "linear_fc1.weight",
         HF_LAYER + "mlp.gate_proj.weight",

@@ -1,5 +1,6 @@
-"""A Hugging Face model folder: found, read and matched to its family before anything heavy starts."""
+"""A Hugging Face model folder: found, read and matched to its family."""
 
+import importlib
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +48,9 @@ class HFModel:
             )
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--model {self.folder}: the tokenizer cannot be read ({reason})") from None
+            raise UserError(
+                f"--model {self.folder}: the tokenizer cannot be read ({reason})"
+            ) from None
 
 
 def find_folder(model: str, use_hf: bool = False) -> Path:
@@ -57,13 +60,14 @@ def find_folder(model: str, use_hf: bool = False) -> Path:
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"--model {model}: no such folder, and not a hub id of the form owner/name")
-    hub = "Hugging Face" if use_hf or os.environ.get("USE_HF", "").lower() in ("1", "true") else "ModelScope"
+    hub = (
+        "Hugging Face"
+        if use_hf or os.environ.get("USE_HF", "").lower() in ("1", "true")
+        else "ModelScope"
+    )
     try:
-        if hub == "Hugging Face":
-            from huggingface_hub import snapshot_download
-        else:
-            from modelscope import snapshot_download
-        return Path(snapshot_download(model))
+        library = "huggingface_hub" if hub == "Hugging Face" else "modelscope"
+        return Path(importlib.import_module(library).snapshot_download(model))
     except Exception as error:  # hubs raise many kinds; all mean the same to the user
         reason = str(error).splitlines()[0]
         raise UserError(

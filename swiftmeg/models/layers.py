@@ -1,6 +1,7 @@
 """The transformer layer of a model: one spec over either layer backend."""
 
 import importlib.util
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
@@ -21,7 +22,7 @@ from swiftmeg.errors import UserError
 
 
 def choose_backend(transformer_impl: str | None) -> str:
-    """Resolve `--transformer_impl`: TransformerEngine where it can run, the native layers elsewhere.
+    """Resolve `--transformer_impl`: TransformerEngine where it can run, native layers elsewhere.
 
     `local` and `native` both mean the native layers. UserError if TransformerEngine is asked for
     and missing.
@@ -51,8 +52,8 @@ def _provider(backend: str) -> BackendSpecProvider:
 def _biased(linear: type) -> type:
     """A linear layer that has a bias whatever `config.add_bias_linear` says."""
 
-    class Biased(linear):  # type: ignore[misc]
-        def __init__(self, *args, bias: bool, **kwargs):  # type: ignore[no-untyped-def]
+    class Biased(linear):
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
             super().__init__(*args, bias=True, **kwargs)
 
     Biased.__name__ = f"Biased{linear.__name__}"

@@ -5,6 +5,7 @@ over grouped queries and packed (THD) sequences.
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ class DotProductAttention(MegatronModule):
             )
         bounds = packed.cu_seqlens_q.tolist()
         out = []
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
             out.append(self._attend(q, k, v, None)[0].transpose(0, 1))
         return torch.cat(out)
@@ -112,7 +113,11 @@ class DotProductAttention(MegatronModule):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Batched attention over [b, heads, s, d]."""
-        options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": self.scale}
+        options: dict[str, Any] = {
+            "attn_mask": mask,
+            "is_causal": mask is None,
+            "scale": self.scale,
+        }
         if not self._drops():
             return F.scaled_dot_product_attention(q, k, v, **options)
         # Heads are split over tensor-parallel ranks, so each rank draws masks of its own.

@@ -21,7 +21,7 @@ def rope_type(hf_config: Any) -> str:
     kind = (hf_config.rope_parameters or {}).get("rope_type", "default")
     if kind not in SUPPORTED:
         raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}"
+            f"config.json: rope_type {kind!r} is not supported; {', '.join(SUPPORTED)} are"
         )
     return str(kind)
 

@@ -43,7 +43,7 @@ class TrainingData:
         return eval_iters(len(self.validation), self.args.global_batch_size)
 
     def provider(self, megatron: Any) -> Callable[..., tuple[Any, Any, None]]:
-        """What Megatron calls for its iterators, once its groups exist and a checkpoint is loaded."""
+        """What Megatron calls for its iterators, with its groups made and a checkpoint loaded."""
         from megatron.core import mpu
 
         args = self.args

@@ -1,4 +1,4 @@
-"""What a run shows and keeps: console lines, logging.jsonl, and one curve per TensorBoard scalar."""
+"""What a run shows and keeps: console lines, logging.jsonl, a curve per TensorBoard scalar."""
 
 import json
 import time
@@ -19,7 +19,9 @@ class TokenCounter:
 
     def add(self, batch: dict[str, Tensor]) -> None:
         """Count one micro-batch."""
-        self.tokens += int(batch["num_tokens"]) if "num_tokens" in batch else batch["input_ids"].numel()
+        self.tokens += (
+            int(batch["num_tokens"]) if "num_tokens" in batch else batch["input_ids"].numel()
+        )
 
     def take(self) -> int:
         """Tokens since the last call, summed over data-parallel ranks; collective."""
@@ -88,13 +90,14 @@ class RunLog:
         remaining = elapsed / done * (self.args.train_iters - iteration)
         per_second = tokens / max(now - self.last, 1e-9)
         memory = peak_memory_gib()
-        record = {key: value / max(self.steps, 1) for key, value in self.sums.items()}
+        seconds = (now - self.last) / max(iteration - self.last_iteration, 1)
+        record: dict[str, Any] = {k: total / max(self.steps, 1) for k, total in self.sums.items()}
         record["grad_norm"] = grad_norm
         if params_norm is not None:
             record["params_norm"] = params_norm
         record |= {
             "learning_rate": learning_rate,
-            "elapsed_time_per_iteration": (now - self.last) / max(iteration - self.last_iteration, 1),
+            "elapsed_time_per_iteration": seconds,
             "tokens_per_second": per_second,
             "memory(GiB)": memory,
             "elapsed_time": str(timedelta(seconds=round(elapsed))),
@@ -105,7 +108,8 @@ class RunLog:
         }
         self.suffix = (
             f" tokens/s: {per_second:.0f} | memory(GiB): {memory:.2f} |"
-            f" elapsed time: {record['elapsed_time']} | remaining time: {record['remaining_time']} |"
+            f" elapsed time: {record['elapsed_time']} |"
+            f" remaining time: {record['remaining_time']} |"
         )
         self._write(record)
         self.sums, self.steps = {}, 0
@@ -123,7 +127,10 @@ class RunLog:
         """Print Megatron's line from the last rank, with what it lacks."""
         if self.is_writer:
             own, self.suffix = self.suffix, ""
-            print(line + own if " iteration " in line and "consumed samples" in line else line, flush=True)
+            print(
+                line + own if " iteration " in line and "consumed samples" in line else line,
+                flush=True,
+            )
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self.is_writer:
@@ -147,7 +154,11 @@ def draw_curves(events: Path, target: Path) -> None:
     for tag in reader.Tags()["scalars"]:
         points = reader.Scalars(tag)
         figure, axes = pyplot.subplots(figsize=(8, 5))
-        axes.plot([p.step for p in points], [p.value for p in points], marker="." if len(points) < 50 else "")
+        axes.plot(
+            [p.step for p in points],
+            [p.value for p in points],
+            marker="." if len(points) < 50 else "",
+        )
         axes.set_title(tag)
         axes.set_xlabel("samples" if tag.endswith("vs samples") else "iteration")
         axes.grid(alpha=0.3)

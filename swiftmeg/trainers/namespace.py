@@ -36,6 +36,8 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         "fp16": args.fp16,
         "bf16": args.bf16,
         "exit_on_missing_checkpoint": True,
+        # A resumed run may be longer than the one that was saved: this run's flags decide.
+        "override_opt_param_scheduler": True,
         "dist_ckpt_optim_fully_reshardable": True,
         "distributed_backend": args.distributed_backend or platform.backend(),
         "no_rope_fusion": _no_rope_fusion(args, backend, model),

@@ -63,7 +63,6 @@ def next_version(root: Path, add_version: bool) -> Path:
 
 
 def _run_loop(run: Run) -> None:
-    import torch
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -103,12 +102,13 @@ def _run_loop(run: Run) -> None:
         ModelType.encoder_or_decoder,
         make_forward_step(counter),
     )
-    torch.distributed.barrier()
+    distributed.barrier()
     if log.is_writer:
         _close_tensorboard()
         draw_curves(Path(megatron.tensorboard_dir), run.folder / "images")
         print(f"checkpoints, logs and curves are in {run.folder}", flush=True)
-    torch.distributed.barrier()
+    distributed.barrier()
+    distributed.shut_down()
 
 
 def _close_tensorboard() -> None:

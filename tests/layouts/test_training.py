@@ -57,7 +57,10 @@ def rows(count: int) -> list[dict[str, Any]]:
         turns = [{"role": "user", "content": f"question {i} " + "x" * (7 * i % 40)}]
         turns.append({"role": "assistant", "content": "yes " * (1 + 5 * i % 13)})
         if i % 3 == 0:
-            turns += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": f"{i}."}]
+            turns += [
+                {"role": "user", "content": "and?"},
+                {"role": "assistant", "content": f"{i}."},
+            ]
         made.append({"messages": turns})
     return made
 
@@ -81,7 +84,9 @@ def run_training(argv: list[str]) -> None:
     train(*read_training_arguments(SftArguments, argv, "megatron sft"))
 
 
-def train_steps(work: Path, family: str, name: str, world: int, flags: dict[str, Any]) -> list[dict[str, Any]]:
+def train_steps(
+    work: Path, family: str, name: str, world: int, flags: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Train a family's tiny model in a layout; returns the lines of logging.jsonl."""
     settings = {
         "model": work / family,
@@ -177,6 +182,7 @@ def test_first_step_is_that_of_transformers(work: Path, family: str, layout: str
     gradients = dict(model.named_parameters())
     for key, old in before.items():
         gradient = gradients[key].grad
-        assert gradient is not None and gradient.norm() > 0, key
+        assert gradient is not None, key
+        assert gradient.norm() > 0, key
         found = (old - after[key]) / lr
         assert (found - gradient).norm() / gradient.norm() <= 1e-5, key
