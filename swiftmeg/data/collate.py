@@ -22,6 +22,8 @@ class Collator:
     be a list of rows (a pack); its rows stay segments of their own.
 
     Otherwise tensors are [rows, T], padded on the right, without `cu_seqlens`.
+
+    `num_tokens` (int64, no dimension) counts the tokens of the rows, padding left out.
     """
 
     def __init__(
@@ -42,14 +44,15 @@ class Collator:
         self.fixed_length = fixed_length
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels`, `position_ids` (int64), and the segments if padding-free.
+        """Return `input_ids`, `labels`, `position_ids` (int64), `num_tokens`, and segments.
 
         Raises UserError if the rows are longer than `fixed_length`, ValueError for no rows.
         """
         samples = list(_samples(rows))
         if not samples:
             raise ValueError("a micro-batch needs at least one row")
-        return self._flat(samples) if self.padding_free else self._padded(samples)
+        batch = self._flat(samples) if self.padding_free else self._padded(samples)
+        return batch | {"num_tokens": torch.tensor(sum(len(ids) for ids, _ in samples))}
 
     def _flat(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         lengths = [len(ids) for ids, _ in samples]

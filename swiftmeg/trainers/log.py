@@ -19,9 +19,7 @@ class TokenCounter:
 
     def add(self, batch: dict[str, Tensor]) -> None:
         """Count one micro-batch."""
-        self.tokens += (
-            int(batch["num_tokens"]) if "num_tokens" in batch else batch["input_ids"].numel()
-        )
+        self.tokens += int(batch["num_tokens"])
 
     def take(self) -> int:
         """Tokens since the last call, summed over data-parallel ranks; collective."""

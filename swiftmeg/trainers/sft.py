@@ -19,17 +19,19 @@ def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def packed_params(batch: dict[str, Tensor]) -> PackedSeqParams | None:
-    """Describe the segments of a padding-free batch to Megatron's attention and RoPE."""
-    if "cu_seqlens" not in batch:
+def packed_params(cu_seqlens: Tensor | None, longest: Tensor | None) -> PackedSeqParams | None:
+    """Describe the segments of a padding-free batch to Megatron's attention and RoPE.
+
+    None for a padded batch, which has no `cu_seqlens` [segments + 1].
+    """
+    if cu_seqlens is None or longest is None:
         return None
-    bounds, longest = batch["cu_seqlens"], int(batch["max_seqlen"])
     return PackedSeqParams(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=int(longest),
+        max_seqlen_kv=int(longest),
     )
 
 
@@ -54,11 +56,9 @@ def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
     ) -> tuple[Tensor, Any]:
         batch = next(iterator)
         counter.add(batch)
-        # Longest segment and segment bounds are read on the host: move the rest only.
-        packed = packed_params(batch)
-        batch = to_device({k: v for k, v in batch.items() if k != "max_seqlen"})
-        if packed is not None:
-            packed.cu_seqlens_q = packed.cu_seqlens_kv = batch["cu_seqlens"]
+        longest = batch.pop("max_seqlen", None)  # wanted on the host
+        batch = to_device(batch)
+        packed = packed_params(batch.get("cu_seqlens"), longest)
         labels = batch["labels"]
         mask = (labels != IGNORED).float()
         output = model(

@@ -32,6 +32,7 @@ def test_padding_free():
         "position_ids": torch.int64,
         "cu_seqlens": torch.int32,
         "max_seqlen": torch.int32,
+        "num_tokens": torch.int64,
     }
     assert batch["max_seqlen"].dim() == 0
 
@@ -43,6 +44,7 @@ def test_padding_is_a_segment_of_its_own(options):
     assert batch["labels"].tolist() == [[-100, 3, -100, 5, -100, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 5, 8]
+    assert batch["num_tokens"].item() == 5
 
 
 def test_a_full_row_gets_no_padding():
@@ -53,7 +55,8 @@ def test_a_full_row_gets_no_padding():
 @pytest.mark.parametrize("options", [{"pad_to_multiple_of": 4}, {"fixed_length": 4}])
 def test_padded(options):
     batch = Collator(PAD, padding_free=False, **options)([row(1, 2, 3, trained=2), row(4, 5)])
-    assert batch.keys() == {"input_ids", "labels", "position_ids"}
+    assert batch.keys() == {"input_ids", "labels", "position_ids", "num_tokens"}
+    assert batch["num_tokens"].item() == 5
     assert batch["input_ids"].tolist() == [[1, 2, 3, PAD], [4, 5, PAD, PAD]]
     assert batch["labels"].tolist() == [[2, 3, -100, -100], [5, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2

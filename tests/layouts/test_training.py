@@ -140,12 +140,27 @@ def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
+def transformers_loss(model: Any, folder: Path, **template_options: Any) -> torch.Tensor:
+    """Mean loss per trained token over all rows, one row at a time."""
+    from transformers import AutoTokenizer
+
+    from swiftmeg.data.template import Template
+
+    template = Template(AutoTokenizer.from_pretrained(folder), **template_options)
+    total, count = torch.zeros(()), 0
+    for row in rows(20):
+        encoded = template.encode(row)
+        logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(encoded["labels"])[1:]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
+    return total / count
+
+
 @pytest.mark.parametrize("layout", ["one process", "tp2-sp", "pp2", "dp2"])
 @pytest.mark.parametrize("family", SIZES)
 def test_first_step_is_that_of_transformers(work: Path, family: str, layout: str) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from swiftmeg.data.template import Template
+    from transformers import AutoModelForCausalLM
 
     lr = 64.0
     world, flags = LAYOUTS.get(layout, (1, {}))
@@ -168,15 +183,7 @@ def test_first_step_is_that_of_transformers(work: Path, family: str, layout: str
     after = load_folder(work / f"{family}-{name}" / "iter_0000001-hf")
 
     model = AutoModelForCausalLM.from_pretrained(work / family, dtype=torch.float32)
-    template = Template(AutoTokenizer.from_pretrained(work / family))
-    total, count = torch.zeros(()), 0
-    for row in rows(20):
-        encoded = template.encode(row)
-        logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(encoded["labels"])[1:]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += int((labels != -100).sum())
-    loss = total / count
+    loss = transformers_loss(model, work / family)
     loss.backward()
     assert relative(line["lm loss"], loss.item()) <= 1e-5
     gradients = dict(model.named_parameters())
@@ -186,3 +193,51 @@ def test_first_step_is_that_of_transformers(work: Path, family: str, layout: str
         assert gradient.norm() > 0, key
         found = (old - after[key]) / lr
         assert (found - gradient).norm() / gradient.norm() <= 1e-5, key
+
+
+FROZEN = {"lr": 0, "train_iters": 1, "global_batch_size": 10, "no_save_rng": "true"}
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp2-sp", "pp2", "dp2"])
+def test_evaluation_is_the_loss_over_all_rows(work: Path, layout: str) -> None:
+    """20 rows in global batches of 8: the last one is filled up, and that must not show."""
+    from transformers import AutoModelForCausalLM
+
+    world, flags = LAYOUTS.get(layout, (1, {}))
+    flags = flags | FROZEN | {"val_dataset": work / "rows.jsonl", "global_batch_size": 8}
+    lines = train_steps(work, "qwen3", f"eval-{layout.replace(' ', '-')}", world, flags)
+    model = AutoModelForCausalLM.from_pretrained(work / "qwen3", dtype=torch.float32)
+    with torch.no_grad():
+        expected = transformers_loss(model, work / "qwen3").item()
+    assert relative(lines[-1]["eval_lm loss"], expected) <= 1e-5
+
+
+def test_packed_samples_do_not_see_each_other(work: Path) -> None:
+    """All rows in one step, packed or not, give one loss and one gradient."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    from swiftmeg.data.packing import pack
+    from swiftmeg.data.template import Template
+
+    template = Template(AutoTokenizer.from_pretrained(work / "qwen3"))
+    encoded = Dataset.from_list([template.encode(row) for row in rows(20)])
+    packs = pack([len(ids) for ids in encoded["input_ids"]], 256)
+    assert 2 <= len(packs) < 20
+    plain = train_steps(work, "qwen3", "unpacked", 1, FROZEN | {"global_batch_size": 20})
+    packing = {"packing": "true", "max_length": 256, "global_batch_size": len(packs)}
+    packed = train_steps(work, "qwen3", "packed", 1, FROZEN | packing)
+    assert relative(packed[0]["lm loss"], plain[0]["lm loss"]) <= 1e-6
+    assert relative(packed[0]["grad_norm"], plain[0]["grad_norm"]) <= 1e-6
+
+
+def test_pt_trains_on_every_token(work: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    flags = FROZEN | {"use_chat_template": "false", "loss_scale": "all", "global_batch_size": 20}
+    (line,) = train_steps(work, "qwen3", "pt", 1, flags)
+    model = AutoModelForCausalLM.from_pretrained(work / "qwen3", dtype=torch.float32)
+    options = {"use_chat_template": False, "loss_scale": "all"}
+    with torch.no_grad():
+        expected = transformers_loss(model, work / "qwen3", **options).item()
+    assert relative(line["lm loss"], expected) <= 1e-5
