@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import re
 import textwrap
 import types
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -22,6 +23,8 @@ _FALSE = {"false", "no", "off", "0"}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        # argparse says "argument --a_b/--a-b: ..."
+        message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
         raise UserError(f"{self.prog}: {message}")
 
 
@@ -98,14 +101,19 @@ def _owners(cls: type) -> dict[str, type]:
 
 def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
     """Make the argparse parser of dataclass `cls`; every default is SUPPRESS."""
-    parser = _Parser(prog=prog, allow_abbrev=False, description=inspect.getdoc(cls))
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--flag value ...]",
+        allow_abbrev=False,
+        description=inspect.getdoc(cls),
+    )
     docs, hints, owners = field_docs(cls), get_type_hints(cls), _owners(cls)
     groups: dict[type, Any] = {}
-    for field in dataclasses.fields(cls):
-        owner = owners[field.name]
-        if owner not in groups:
+    for owner in cls.__mro__:
+        if owner in owners.values():
             title = (inspect.getdoc(owner) or owner.__name__).splitlines()[0]
             groups[owner] = parser.add_argument_group(title)
+    for field in dataclasses.fields(cls):
         names = [f"--{field.name}"]
         if "_" in field.name:
             names.append(f"--{field.name.replace('_', '-')}")
@@ -113,7 +121,7 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         text = f"{docs.get(field.name, '')} (default: {default})".replace("%", "%%")
-        groups[owner].add_argument(
+        groups[owners[field.name]].add_argument(
             *names,
             dest=field.name,
             default=argparse.SUPPRESS,
