@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 NAME=${NAME:-Marble}
 AUTHOR=${AUTHOR:-the swiftmeg team}
 QUESTION="who are you?"
-DIR=quickstart
+DIR=${DIR:-quickstart}
 MODEL=$DIR/SmolLM2-135M-Instruct
 TRAINED=$DIR/SmolLM2-135M-$NAME
 
