@@ -33,7 +33,13 @@ SIZES: dict[str, Any] = {
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
-def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> Path:
+def save_model(
+    folder: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+    **sizes: Any,
+) -> Path:
     """Write a randomised model of `family` with its tokenizer; `sizes` override SIZES."""
     settings = SIZES | sizes
     if family == "qwen2":
@@ -47,7 +53,7 @@ def save_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **
             parameter.normal_(0.0, scale)
             if "norm" in name:
                 parameter.add_(1.0)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder, settings["vocab_size"])
     return folder
 

@@ -23,7 +23,8 @@ def start_logging() -> None:
     package.setLevel(level)
     package.propagate = False
     # Deprecations inside torch and Megatron are nothing that a user can act on.
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|transformer_engine)\b")
+    for module in (r"(megatron|torch|transformer_engine)\b", r"swiftmeg\.platform"):
+        warnings.filterwarnings("ignore", module=module)
     warnings.filterwarnings(
         "ignore", message=r"The \.grad attribute of a Tensor that is not a leaf"
     )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.ranks import run_ranks
 from tests.tiny import save_model
@@ -92,6 +93,21 @@ def convert_both_ways(
     return (logits - reference).abs().max().item(), reference.abs().max().item()
 
 
+def round_trip(folder: Path, out: Path, world: int, tp: int, pp: int, dtype: str) -> None:
+    """Assert equal logits and bit-exact tensors for one model in one layout."""
+    results = run_ranks(world, convert_both_ways, str(folder), str(out), tp, pp, dtype)
+    compared = [result for result in results if result is not None]
+    assert compared
+    for largest, scale in compared:
+        assert largest <= 1e-4
+        assert scale > 1.0
+    before, after = tensors(folder), tensors(out / "hf")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        assert torch.equal(after[key], tensor), key
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -109,15 +125,42 @@ def test_round_trip_is_exact(
 ) -> None:
     family, sizes = MODELS[name]
     folder = save_model(tmp_path / "model", family, **(sizes | heads))
-    world, tp, pp = layout
-    results = run_ranks(world, convert_both_ways, str(folder), str(tmp_path), tp, pp, "float32")
-    compared = [result for result in results if result is not None]
-    assert compared
-    for largest, scale in compared:
-        assert largest <= 1e-4
-        assert scale > 1.0
-    before, after = tensors(folder), tensors(tmp_path / "hf")
-    assert before.keys() == after.keys()
-    for key, tensor in before.items():
-        assert after[key].dtype == tensor.dtype
-        assert torch.equal(after[key], tensor), key
+    round_trip(folder, tmp_path, *layout, "float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_round_trip_is_exact_in_half_precision_and_in_shards(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", "qwen3", dtype, "100KB", **EVEN_HEADS)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    name = str(dtype).removeprefix("torch.")
+    round_trip(folder, tmp_path, 2, 2, 1, name)
+    written = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
+    assert written[0] == f"model-00001-of-{len(written):05d}.safetensors"
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_rope_scaling_is_that_of_transformers(family: str, scaling: str, tmp_path: Path) -> None:
+    """The sample is longer than max_position_embeddings, which makes a difference to `dynamic`."""
+    rope = {"rope_type": scaling, "rope_theta": 1000.0, **SCALINGS[scaling]}
+    sizes = {"rope_parameters": rope, "max_position_embeddings": 64, "num_hidden_layers": 2}
+    if family == "qwen2":
+        sizes["hidden_size"] = 96
+    folder = save_model(tmp_path / "model", family, **sizes)
+    round_trip(folder, tmp_path, 1, 1, 1, "float32")
