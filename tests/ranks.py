@@ -19,7 +19,8 @@ PRELOAD = [
 ]
 
 
-def _context() -> Any:
+def fork_context() -> Any:
+    """The server that forks processes, with what takes long to import already there."""
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -55,7 +56,7 @@ def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 240
 ) -> list[Any]:
     """Return every rank's `function(*args)`, which must pickle; raises the first failure."""
-    context = _context()
+    context = fork_context()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,5 +1,6 @@
 """Checks of argument combinations, made before anything heavy is imported or started."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,56 @@ def check_checkpoint(flag: str, folder: str) -> Path:
         if path.name.startswith("iter_"):
             raise UserError(f"{flag} {folder}: give its parent folder, {path.parent}")
         raise UserError(f"{flag} {folder}: not a Megatron checkpoint, {TRACKER} is missing")
-    word = tracker.read_text().strip()
-    name = word if word == "release" else f"iter_{word:0>7}"
-    if not (path / name / "metadata.json").is_file():
+    remedy = f"write the number of a complete iter_* folder into {tracker}"
+    word = tracker.read_text(errors="replace").strip()
+    if word != "release" and not word.isdecimal():
+        raise UserError(f"{flag} {folder}: {TRACKER} says {word!r}, which is no number: {remedy}")
+    iteration = path / read_iteration(path)
+    if not (iteration / "metadata.json").is_file():
         raise UserError(
-            f"{flag} {folder}: {TRACKER} names {name}, which is missing or incomplete: write the "
-            f"number of a complete iter_* folder into {tracker}"
+            f"{flag} {folder}: {TRACKER} names {iteration.name}, which is missing or incomplete: "
+            f"{remedy}"
         )
+    try:
+        _check_shards(iteration)
+    except UserError as error:
+        raise UserError(f"{flag} {folder}: {error}: copy it again, or {remedy}") from None
     return path
+
+
+def _check_shards(iteration: Path) -> None:
+    """UserError unless every file that the checkpoint's index lists is there, whole."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        index = FileSystemReader(iteration).read_metadata()
+    except Exception as error:  # a damaged pickle raises errors of many kinds
+        raise UserError(f"{iteration / '.metadata'} cannot be read ({error!r})") from None
+    ends: dict[str, int] = {}
+    for entry in index.storage_data.values():
+        file = entry.relative_path
+        ends[file] = max(ends.get(file, 0), entry.offset + entry.length)
+    for file, end in sorted(ends.items()):
+        path = iteration / file
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if path.stat().st_size < end:
+            size = path.stat().st_size
+            raise UserError(f"{path} is cut short: it has {size} of {end} bytes")
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """UserError unless `folder` takes new files, or can be made where it does not exist."""
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{flag} {folder}: {nearest} is a file: name a folder")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{flag} {folder}: cannot be written to ({error.strerror}): name another folder"
+        ) from None
 
 
 def check_layout(args: Any, model: HFModel) -> int:
@@ -40,8 +83,9 @@ def check_layout(args: Any, model: HFModel) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     if world % (tp * pp):
+        processes = "1 process" if world == 1 else f"{world} processes"
         raise UserError(
-            f"{world} processes cannot be split into --tensor_model_parallel_size {tp} x "
+            f"{processes} cannot be split into --tensor_model_parallel_size {tp} x "
             f"--pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} "
             "processes (NPROC_PER_NODE x NNODES) or lower the sizes"
         )
@@ -87,7 +131,7 @@ def check_training(args: Any, model: HFModel) -> None:
     if args.micro_batch_size < 1 or args.global_batch_size < 1 or args.global_batch_size % batch:
         raise UserError(
             f"--global_batch_size {args.global_batch_size} must be a multiple of "
-            f"--micro_batch_size {args.micro_batch_size} x {dp} data-parallel ranks"
+            f"--micro_batch_size {args.micro_batch_size} x {dp} data-parallel ranks: change one"
         )
     if args.max_epochs is None and args.train_iters is None:
         raise UserError("--max_epochs or --train_iters is needed: set one")
@@ -98,8 +142,9 @@ def check_training(args: Any, model: HFModel) -> None:
     _check_recompute(args)
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
         raise UserError("--lr_warmup_fraction and --lr_warmup_iters exclude each other: drop one")
-    if args.min_lr > (args.lr if args.lr is not None else 1e-5):
-        raise UserError(f"--min_lr {args.min_lr} is above --lr {args.lr}: lower it")
+    lr = args.lr if args.lr is not None else 1e-5
+    if args.min_lr > lr:
+        raise UserError(f"--min_lr {args.min_lr} is above --lr {lr}: lower it")
     if args.packing and args.max_length is None:
         raise UserError("--packing true needs --max_length: set it or drop --packing")
     if args.overlap_param_gather and not (
@@ -157,5 +202,5 @@ def checkpoint_defaults(args: Any, sources: dict[str, str]) -> None:
 
 def read_iteration(folder: Path) -> str:
     """The name of the checkpoint's latest iteration folder."""
-    word = (folder / TRACKER).read_text().strip()
+    word = (folder / TRACKER).read_text(errors="replace").strip()
     return word if word == "release" else f"iter_{int(word):07d}"

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training import arguments as megatron_arguments
 
@@ -75,6 +75,11 @@ def megatron_namespace(
 
     def write_command_line(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Called by parse_args with the complete parser, just before it reads sys.argv."""
+
+        def refuse(message: str) -> NoReturn:
+            raise UserError(f"Megatron refuses these arguments: {message}")
+
+        parser.error = refuse  # type: ignore[method-assign]
         own = _to_argv(parser, {k: v for k, v in flags.items() if k not in extra}, "swiftmeg")
         sys.argv = ["megatron", *own, *_to_argv(parser, extra, "--extra_megatron_kwargs")]
         return parser

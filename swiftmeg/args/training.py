@@ -49,7 +49,9 @@ def _choose_dtype(args: Any, sources: dict[str, str], model: HFModel) -> None:
     for flag, dtype in (("fp16", "float16"), ("bf16", "bfloat16")):
         if getattr(args, flag) and args.torch_dtype not in (None, dtype):
             if sources["torch_dtype"] == "flag":
-                raise UserError(f"--{flag} true contradicts --torch_dtype {args.torch_dtype}")
+                raise UserError(
+                    f"--{flag} true contradicts --torch_dtype {args.torch_dtype}: drop one"
+                )
         if getattr(args, flag):
             args.torch_dtype, sources["torch_dtype"] = dtype, f"--{flag}"
     if sources["torch_dtype"] in ("default", "args.json"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftmeg import distributed, platform
-from swiftmeg.args.check import check_checkpoint, check_layout
+from swiftmeg.args.check import check_checkpoint, check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
 def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
     """Find what is wrong before anything heavy starts; return output folder and shard bytes."""
     if args.to_mcore == args.to_hf:
-        raise UserError("pass either --to_mcore true or --to_hf true")
+        raise UserError("pass either --to_mcore true or --to_hf true, one of them")
     if args.to_hf and args.mcore_model is None:
         raise UserError("--to_hf true needs --mcore_model: name the Megatron checkpoint")
     if args.to_mcore and args.mcore_model is not None:
@@ -34,18 +34,18 @@ def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
         args.mcore_model = str(check_checkpoint("--mcore_model", args.mcore_model))
     name = model.folder.name + "-mcore" if args.to_mcore else Path(args.mcore_model).name + "-hf"
     target = Path(args.output_dir or name).expanduser().resolve()
-    if target.is_file():
-        raise UserError(f"--output_dir {target} is a file: name a folder")
+    check_writable("--output_dir", target)
     if target.is_dir() and any(target.iterdir()) and not args.exist_ok:
         raise UserError(
             f"--output_dir {target} is not empty: name another folder or pass --exist_ok true"
         )
     check_layout(args, model)
+    size = parse_size(args.max_shard_size)
     if args.to_mcore:
         from swiftmeg.export.weights import HFWeights, check_names
 
         check_names(model.family, model.config, HFWeights(model.folder))
-    return target, parse_size(args.max_shard_size)
+    return target, size
 
 
 def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
@@ -60,7 +60,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     args.model, args.output_dir = str(model.folder), str(target)
     platform.prepare()
     from swiftmeg.export.load import load_hf
-    from swiftmeg.export.model import build_model, load_mcore, save_mcore
+    from swiftmeg.export.model import build_model, check_same_model, load_mcore, save_mcore
     from swiftmeg.export.precision import compare_logits
     from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
@@ -70,34 +70,40 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if first:
         print(describe(args, sources), flush=True)
     unfinished = target.parent / f".{target.name}.unfinished"
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
     megatron, models = build_model(args, model)
     dims = dims_of(megatron)
     if args.to_mcore:
         load_hf(models, model.folder, model.family, model.config, dims)
     else:
+        check_same_model(megatron, model, "--mcore_model", Path(args.mcore_model))
         load_mcore(models, args.mcore_model)
-        save_hf(
-            models,
-            unfinished,
-            model.folder,
-            model.family,
-            model.config,
-            dims,
-            dtype=megatron.params_dtype,
-            max_shard_bytes=max_shard_bytes,
-        )
-    if args.test_convert_precision:
-        reference = model.folder if args.to_mcore else unfinished
-        compare_logits(models, reference, model.tokenizer(), dims.vocab_size)
-    if args.to_mcore:
-        save_mcore(models, unfinished)
-    if first:
-        _write_args(unfinished, args, sources)
-        _move_into(unfinished, target)
-        print(f"written to {target}", flush=True)
+    try:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        if args.to_hf:
+            save_hf(
+                models,
+                unfinished,
+                model.folder,
+                model.family,
+                model.config,
+                dims,
+                dtype=megatron.params_dtype,
+                max_shard_bytes=max_shard_bytes,
+            )
+        if args.test_convert_precision:
+            reference = model.folder if args.to_mcore else unfinished
+            compare_logits(models, reference, model.tokenizer(), dims.vocab_size)
+        if args.to_mcore:
+            save_mcore(models, unfinished)
+        if first:
+            _write_args(unfinished, args, sources)
+            _move_into(unfinished, target)
+            print(f"written to {target}", flush=True)
+    finally:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
     distributed.barrier()
     distributed.shut_down()
 

@@ -38,21 +38,21 @@ def load_hf(
         parts = [weights.read(name) for name in row.hf]
         try:
             shard = row.layout.shard(row.layout.join(parts, dims), live.axis, rank, size)
-        except RuntimeError as error:
-            raise UserError(_misfit(row, parts, str(error))) from None
+        except (UserError, RuntimeError) as error:
+            raise UserError(_misfit(weights.folder, row, parts, str(error))) from None
         if shard.shape != live.parameter.shape:
-            expected = f"a shard of {tuple(live.parameter.shape)}"
-            raise UserError(_misfit(row, parts, f"config.json makes {expected}"))
+            expected = f"it makes a parameter of {tuple(live.parameter.shape)}"
+            raise UserError(_misfit(weights.folder, row, parts, expected))
         live.parameter.copy_(shard)
         filled.add(row.mcore)
     _check_filled(set(plan), filled)
 
 
-def _misfit(row: Row, parts: list[torch.Tensor], reason: str) -> str:
+def _misfit(folder: Path, row: Row, parts: list[torch.Tensor], reason: str) -> str:
     shapes = ", ".join(
         f"{name} {tuple(part.shape)}" for name, part in zip(row.hf, parts, strict=True)
     )
-    return f"{shapes}: the shape does not fit config.json ({reason})"
+    return f"{folder}: {shapes}: the shape does not fit config.json ({reason}): make the two agree"
 
 
 def _check_filled(wanted: set[str], filled: set[str]) -> None:

@@ -5,14 +5,33 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.initialize import initialize_megatron
 
 from swiftmeg import platform, upstream
+from swiftmeg.args.check import read_iteration
 from swiftmeg.args.parse import layout_attributes, megatron_namespace, model_flags
+from swiftmeg.errors import UserError
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel
+
+_SHAPES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "attention_output_bias",
+    "mlp_bias",
+)
+"""Arguments that decide which parameters a model has, and their shapes."""
 
 
 def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any]]:
@@ -63,6 +82,26 @@ def _attributes(args: Any, model: HFModel) -> dict[str, Any]:
     built = model.megatron_args
     vocabulary = padded_vocab_size(built["vocab_size"], args.tensor_model_parallel_size)
     return layout_attributes(built, vocabulary, "native")
+
+
+def check_same_model(
+    namespace: argparse.Namespace, model: HFModel, flag: str, folder: Path
+) -> None:
+    """UserError unless the checkpoint `folder`, named by `flag`, is of a model like this one."""
+    saved = load_common_state_dict(folder / read_iteration(folder)).get("args")
+    was, now = [], []
+    for name in _SHAPES:
+        value, wanted = getattr(saved, name, None), getattr(namespace, name)
+        if name == "num_query_groups" and not getattr(saved, "group_query_attention", False):
+            value = None  # Megatron's own default, without a meaning
+        if value is not None and value != wanted:
+            was.append(f"{name}={value}")
+            now.append(f"{name}={wanted}")
+    if was:
+        raise UserError(
+            f"{flag} {folder} holds a model with {', '.join(was)}, but --model {model.folder} says "
+            f"{', '.join(now)}: name the model that the checkpoint comes from"
+        )
 
 
 def load_mcore(models: list[Any], folder: str | Path) -> None:

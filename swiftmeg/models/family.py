@@ -119,14 +119,33 @@ class _Registry:
 REGISTRY = _Registry()
 
 
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+"""Scalings of RoPE that are supported."""
+
+
 def rope_theta(config: HFConfig) -> float:
     """RoPE's base from `rope_theta` or, as transformers 5 writes it, `rope_parameters`."""
     nested = config.get("rope_parameters") or {}
     return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
+def rope_type(config: HFConfig) -> str:
+    """RoPE's scaling; UserError if it is not supported."""
+    kind = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UserError(
+            f"config.json: rope_type {kind!r} is not supported; {', '.join(ROPE_TYPES)} are: "
+            "use another model"
+        )
+    return str(kind)
+
+
 def dense_args(config: HFConfig) -> dict[str, Any]:
-    """Megatron arguments that all pre-norm RMSNorm + SwiGLU decoders share."""
+    """Megatron arguments that all pre-norm RMSNorm + SwiGLU decoders share.
+
+    UserError for a config that the layers cannot express.
+    """
+    rope_type(config)
     heads = config["num_attention_heads"]
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,10 @@ class HFModel:
     @cached_property
     def megatron_args(self) -> dict[str, Any]:
         """Megatron arguments of this model."""
-        return self.family.to_args(self.config)
+        try:
+            return self.family.to_args(self.config)
+        except UserError as error:
+            raise UserError(f"--model {self.folder}: {error}") from None
 
     @property
     def dtype(self) -> str:
@@ -46,10 +50,10 @@ class HFModel:
             return AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # tokenizers raises bare Exceptions
             raise UserError(
-                f"--model {self.folder}: the tokenizer cannot be read ({reason})"
+                f"--model {self.folder}: the tokenizer cannot be read ({_reason(error)}): the "
+                "folder needs the tokenizer's files as published, e.g. tokenizer.json"
             ) from None
 
 
@@ -69,10 +73,15 @@ def find_folder(model: str, use_hf: bool = False) -> Path:
         library = "huggingface_hub" if hub == "Hugging Face" else "modelscope"
         return Path(importlib.import_module(library).snapshot_download(model))
     except Exception as error:  # hubs raise many kinds; all mean the same to the user
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--model {model}: no such folder, and {hub} could not deliver it ({reason})"
+            f"--model {model}: no such folder, and {hub} could not deliver it ({_reason(error)}): "
+            "download it and name the folder"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The start of a library's message, on one line."""
+    return textwrap.shorten(str(error) or repr(error), 200, placeholder=" ...")
 
 
 def read_model(model: str, *, use_hf: bool = False, trust_remote_code: bool = False) -> HFModel:
@@ -81,12 +90,17 @@ def read_model(model: str, *, use_hf: bool = False, trust_remote_code: bool = Fa
 
     folder = find_folder(model, use_hf)
     if not (folder / "config.json").is_file():
-        raise UserError(f"--model {folder}: there is no config.json in this folder")
+        raise UserError(
+            f"--model {folder}: there is no config.json in this folder: name the folder of a "
+            "Hugging Face model"
+        )
     try:
         hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--model {folder}: config.json cannot be read ({reason})") from None
+    except Exception as error:  # bad values raise errors of many kinds
+        raise UserError(
+            f"--model {folder}: config.json cannot be read ({_reason(error)}): repair it, or "
+            "download it again"
+        ) from None
     names = {"architectures": hf_config.architectures}
     family = REGISTRY.find(names, f"--model {folder}")
     return HFModel(folder, hf_config, family, trust_remote_code)

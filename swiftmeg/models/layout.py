@@ -104,8 +104,7 @@ class Vocabulary(Layout):
         (rows,) = parts
         if rows.shape[0] != dims.vocab_size:
             raise UserError(
-                f"the embedding has {rows.shape[0]} rows but config.json says vocab_size="
-                f"{dims.vocab_size}: make the two agree"
+                f"it says vocab_size={dims.vocab_size}, but there are {rows.shape[0]} rows"
             )
         missing = dims.padded_vocab_size - dims.vocab_size
         return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows

@@ -11,19 +11,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from swiftmeg.errors import UserError
-
-SUPPORTED = ("default", "linear", "dynamic", "yarn", "llama3")
+from swiftmeg.models import family
 
 
 def rope_type(hf_config: Any) -> str:
     """The scaling that a transformers config asks for; UserError if it is not supported."""
-    kind = (hf_config.rope_parameters or {}).get("rope_type", "default")
-    if kind not in SUPPORTED:
-        raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; {', '.join(SUPPORTED)} are"
-        )
-    return str(kind)
+    return family.rope_type(hf_config.to_dict())
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):

@@ -22,16 +22,9 @@ class TrainingData:
     collate: Collator
     longest: int
     """Tokens of the longest sample, or of a full pack."""
+    train_iters: int
+    """Optimizer steps."""
     args: Any
-
-    @property
-    def train_iters(self) -> int:
-        """Optimizer steps: the smaller of --train_iters and what --max_epochs allow."""
-        args = self.args
-        if args.max_epochs is None:
-            return int(args.train_iters)
-        iters = train_iters(len(self.train), args.max_epochs, args.global_batch_size)
-        return min(iters, args.train_iters or iters)
 
     @property
     def eval_iters(self) -> int:
@@ -68,7 +61,6 @@ class TrainingData:
                 validation = EvalLoader(self.validation, self.collate, **shared).repeat()
             return iter(train), validation, None
 
-        provide.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
         return provide
 
 
@@ -126,4 +118,12 @@ def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
     )
     if len(train) == 0:
         raise UserError("--dataset: no row is left to train on")
-    return TrainingData(train, validation, collate, longest, args)
+    return TrainingData(train, validation, collate, longest, _train_iters(len(train), args), args)
+
+
+def _train_iters(rows: int, args: Any) -> int:
+    """The smaller of --train_iters and what --max_epochs allow."""
+    if args.max_epochs is None:
+        return int(args.train_iters)
+    iters = train_iters(rows, args.max_epochs, args.global_batch_size)
+    return min(iters, args.train_iters or iters)

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import math
-from pathlib import Path
 from typing import Any
 
 from swiftmeg import platform
@@ -29,7 +28,7 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         "train_iters": data.train_iters,
         "eval_iters": data.eval_iters,
         "eval_interval": args.eval_interval or args.save_interval,
-        "tensorboard_dir": args.tensorboard_dir or str(Path(args.save) / "runs"),
+        "tensorboard_dir": None,  # set when training begins: naming it creates the folder
         "transformer_impl": "transformer_engine" if backend == "transformer_engine" else "local",
         "dataloader_type": "external",
         "lr": args.lr if args.lr is not None else 1e-5,

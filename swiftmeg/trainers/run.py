@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from swiftmeg import distributed, platform
-from swiftmeg.args.check import check_training, checkpoint_defaults
+from swiftmeg.args.check import check_training, check_writable, checkpoint_defaults
 from swiftmeg.args.resolve import describe, write_args_file
+from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.data import TrainingData, prepare_data
 
@@ -34,13 +35,15 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     """
     checkpoint_defaults(args, sources)
     check_training(args, model)
+    check_writable("--save", _save_root(args, model))
+    if args.load is None:
+        check_names(model.family, model.config, HFWeights(model.folder))
     data = prepare_data(args, model.tokenizer())
     platform.prepare()
     distributed.initialize(args.distributed_timeout_minutes)
     folder = next_version(_save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():
-        write_args_file(folder, args, sources)
         print(describe(args, sources), flush=True)
     _run_loop(Run(args, sources, model, folder, data))
 
@@ -69,6 +72,7 @@ def _run_loop(run: Run) -> None:
 
     from swiftmeg import upstream
     from swiftmeg.export.load import load_hf
+    from swiftmeg.export.model import check_same_model
     from swiftmeg.models.build import dims_of, model_config
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
     from swiftmeg.trainers.namespace import training_namespace
@@ -78,7 +82,9 @@ def _run_loop(run: Run) -> None:
     args, model = run.args, run.model
     megatron = training_namespace(args, model, run.data)
     hooks: list[Callable[[list[Any]], list[Any]]] = []
-    if args.load is None:
+    if args.load is not None:
+        check_same_model(megatron, model, "--load", Path(args.load))
+    else:
 
         def load(models: list[Any]) -> list[Any]:
             load_hf(models, model.folder, model.family, model.config, dims_of(megatron))
@@ -98,7 +104,7 @@ def _run_loop(run: Run) -> None:
         upstream.after_save(_hf_writer(run, megatron))
     pretrain(
         container,
-        run.data.provider(megatron),
+        _begin_with(run, megatron),
         ModelType.encoder_or_decoder,
         make_forward_step(counter),
     )
@@ -109,6 +115,32 @@ def _run_loop(run: Run) -> None:
         print(f"checkpoints, logs and curves are in {run.folder}", flush=True)
     distributed.barrier()
     distributed.shut_down()
+
+
+def _begin_with(run: Run, megatron: Any) -> Callable[..., Any]:
+    """The provider of the data, which also opens the output folder.
+
+    Megatron calls it when the model and any checkpoint are loaded: input that is found to be wrong
+    until then leaves nothing behind, and the args.json of a continued run as it was.
+    """
+    provide = run.data.provider(megatron)
+
+    def begin(sizes: Any, vp_stage: int | None = None) -> Any:
+        if not vp_stage:
+            _open_folder(run, megatron)
+        return provide(sizes, vp_stage)
+
+    begin.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
+    return begin
+
+
+def _open_folder(run: Run, megatron: Any) -> None:
+    from megatron.training import global_vars
+
+    if distributed.on_rank_zero():
+        write_args_file(run.folder, run.args, run.sources)
+    megatron.tensorboard_dir = run.args.tensorboard_dir or str(run.folder / "runs")
+    global_vars._set_tensorboard_writer(megatron)
 
 
 def _close_tensorboard() -> None:
