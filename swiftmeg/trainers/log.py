@@ -42,7 +42,8 @@ def peak_memory_gib() -> float:
 class RunLog:
     """Collects what Megatron logs; the last rank prints it and writes logging.jsonl.
 
-    Losses are means since the previous line, weighted as Megatron weights its own.
+    Losses are means of the steps since the previous line, as on Megatron's own: the line after that
+    of the first step includes it.
     """
 
     def __init__(self, folder: Path, args: Any, counter: TokenCounter) -> None:
@@ -110,7 +111,8 @@ class RunLog:
             f" remaining time: {record['remaining_time']} |"
         )
         self._write(record)
-        self.sums, self.steps = {}, 0
+        if not is_first_iteration:
+            self.sums, self.steps = {}, 0
         self.last, self.last_iteration = now, iteration
 
     def observe_evaluation(self, iteration: int, losses: dict[str, float]) -> None:
