@@ -4,6 +4,8 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from swiftmeg import platform
 
 
@@ -25,6 +27,7 @@ def apply() -> None:
     arguments._print_args = lambda title, args: None
     # Print a block of estimates at each early log line; the lines state the peak. Can go likewise.
     training.report_theoretical_memory = training.report_memory = lambda *args, **kwargs: None
+    _resume_torch_adam()
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
@@ -40,16 +43,65 @@ def apply() -> None:
         training.set_jit_fusion_options = lambda *args, **kwargs: None
 
 
+def _resume_torch_adam() -> None:
+    """Let the distributed optimizer load a checkpoint into torch's Adam.
+
+    Without TransformerEngine and apex, where Adam keeps a step count with each parameter, it
+    asserts that an optimizer has made a step before it loads, gives all parameters one tensor as
+    their count, which each of them increments, and looks for the count where the moments are.
+    Can go when a run resumes without this.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    save = _original(optimizer_class, "state_dict")
+    load = _original(optimizer_class, "load_state_dict")
+    fill = _original(optimizer_class, "_set_main_param_and_optimizer_states")
+
+    def state_dict(self: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    moments = {
+                        key: torch.zeros_like(parameter) for key in self.optimizer_state_keys
+                    }
+                    self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+        return save(self)
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        load(self, state)
+        for each in self.optimizer.state.values():
+            each["step"] = each["step"].clone()
+
+    def set_states(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        fill(self, parameter, {"step": None, **tensors})
+
+    state_dict._original = save  # type: ignore[attr-defined]
+    load_state_dict._original = load  # type: ignore[attr-defined]
+    set_states._original = fill  # type: ignore[attr-defined]
+    optimizer_class.state_dict = state_dict
+    optimizer_class.load_state_dict = load_state_dict
+    optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
 def on_training_log(observer: Callable[..., None], print_line: Callable[[str], None]) -> None:
     """Call `observer` with the arguments of every training_log() and send its line to `print_line`.
 
     The loop has no callback for metrics. Can go when training_log() gets one.
     """
-    from megatron.training import training
+    from megatron.training import get_args, training
 
     original = _original(training, "training_log")
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
+        iteration = args[3]
+        # After a line for the first step the sums run on, so that the next line is the mean of a
+        # whole interval. Where the first step ends one, the next line would hold two: a continued
+        # run would not print what an uninterrupted one does.
+        if iteration % get_args().log_interval == 0:
+            kwargs["is_first_iteration"] = False
         observer(*args, **kwargs)
         return original(*args, **kwargs)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from swiftmeg.data.template import IGNORE
@@ -186,6 +187,9 @@ def _data_loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
+        # Its own, because making an iterator draws from it: the random state of a continued run
+        # would be one draw ahead.
+        generator=torch.Generator(),
         # Starting workers anew costs seconds in every evaluation.
         persistent_workers=num_workers > 0,
     )

@@ -42,8 +42,8 @@ def peak_memory_gib() -> float:
 class RunLog:
     """Collects what Megatron logs; the last rank prints it and writes logging.jsonl.
 
-    Losses are means of the steps since the previous line, as on Megatron's own: the line after that
-    of the first step includes it.
+    Losses are means of the steps since the previous multiple of --log_interval, as on Megatron's
+    own lines.
     """
 
     def __init__(self, folder: Path, args: Any, counter: TokenCounter) -> None:

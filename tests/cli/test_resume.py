@@ -1,0 +1,161 @@
+"""Runs that are killed after a checkpoint and continued end as if nothing had happened."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import run_ranks
+from tests.tiny import save_model
+
+STEPS = 6
+SAVED = 2
+TRACKER = "latest_checkpointed_iteration.txt"
+EXACT = ("lm loss", "grad_norm", "learning_rate", "loss_scale", "consumed_samples")
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": "true"}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and fewer rows than the runs need: a run goes through them twice and more."""
+    folder = tmp_path_factory.mktemp("resume")
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    save_model(folder / "model", "llama", num_hidden_layers=2, **sizes)
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(20):
+            ask = {"role": "user", "content": f"question {i} " + "x" * (7 * i % 20)}
+            answer = {"role": "assistant", "content": "yes " * (1 + 5 * i % 7)}
+            file.write(json.dumps({"messages": [ask, answer]}) + "\n")
+    return folder
+
+
+def flags(work: Path, save: Path, **changes: Any) -> list[str]:
+    settings = {
+        "model": work / "model",
+        "dataset": work / "rows.jsonl",
+        "train_iters": STEPS,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "lr": 1e-3,
+        "lr_warmup_iters": 2,
+        "log_interval": 1,
+        "save_interval": 2,
+        "num_workers": 0,
+        "save": save,
+        "add_version": "false",
+        "save_safetensors": "true",
+    } | changes
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def train(argv: list[str]) -> None:
+    """`megatron sft` on one rank of a job."""
+    from swiftmeg.cli.sft import main
+
+    main(argv)
+
+
+def run_and_kill(argv: list[str], save: Path, processes: int) -> None:
+    """Start `megatron sft` and kill the process that was started once it has saved step SAVED."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        environ["NPROC_PER_NODE"] = str(processes)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "swiftmeg.cli.main", "megatron", "sft", *argv],
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        tracker = save / TRACKER
+        while not (tracker.is_file() and tracker.read_text() == str(SAVED)):
+            assert job.poll() is None, job.communicate()[1]
+            time.sleep(0.01)
+        ranks = psutil.Process(job.pid).children(recursive=True)
+        assert len(ranks) >= (processes if processes > 1 else 0)
+    finally:
+        job.kill()
+    job.communicate()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive, f"left behind: {alive}"
+    assert tracker.read_text() == str(SAVED), "killed too late"
+
+
+def steps(folder: Path, skip: int = 0) -> dict[str, dict[str, Any]]:
+    """The lines of logging.jsonl behind the first `skip`, by step."""
+    lines = (folder / "logging.jsonl").read_text().splitlines()[skip:]
+    records = [json.loads(line) for line in lines]
+    return {record["global_step/max_steps"]: record for record in records}
+
+
+def resume(
+    work: Path, folder: Path, target: Path, world: int, **changes: Any
+) -> dict[str, dict[str, Any]]:
+    """Continue the run in `folder`, writing to `target`; returns the steps that were made."""
+    log = target / "logging.jsonl"
+    before = len(log.read_text().splitlines()) if log.exists() else 0
+    run_ranks(world, train, flags(work, target, load=folder, **changes))
+    made = steps(target, before)
+    assert list(made) == [f"{step}/{STEPS}" for step in range(SAVED + 1, STEPS + 1)]
+    return made
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"iter_{STEPS:07d}-hf" / "model.safetensors")
+
+
+def check_exact(found: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
+    for step, record in found.items():
+        assert {k: record[k] for k in EXACT} == {k: expected[step][k] for k in EXACT}, step
+
+
+def check_weights(found: Path, expected: Path) -> None:
+    ours, theirs = weights(found), weights(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_killed_run_continues_in_its_folder(work: Path) -> None:
+    """Dropout needs the random state; a save that was cut off is in the way."""
+    whole, killed = work / "whole", work / "killed"
+    run_ranks(1, train, flags(work, whole, **DROPOUT))
+    expected = steps(whole)
+    losses = [record["lm loss"] for record in expected.values()]
+    assert losses[-1] < 0.9 * losses[0]
+    run_and_kill(flags(work, killed, **DROPOUT), killed, 1)
+    half = killed / "iter_0000004"
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(b"cut off")
+    check_exact(resume(work, killed, killed, 1, **DROPOUT), expected)
+    check_weights(killed, whole)
+    assert (killed / TRACKER).read_text() == str(STEPS)
+
+
+def test_killed_job_continues_in_its_layout_and_in_another(work: Path) -> None:
+    whole, killed = work / "whole-tp2", work / "killed-tp2"
+    run_ranks(2, train, flags(work, whole, **TENSOR))
+    expected = steps(whole)
+    run_and_kill(flags(work, killed, **TENSOR), killed, 2)
+    check_exact(resume(work, killed, work / "continued-tp2", 2, **TENSOR), expected)
+    check_weights(work / "continued-tp2", whole)
+    for world, name in ((1, "alone"), (2, "dp2")):
+        found = resume(work, killed, work / f"continued-{name}", world)
+        for step, record in found.items():
+            for key in ("lm loss", "grad_norm"):
+                assert record[key] == pytest.approx(expected[step][key], rel=1e-5), (name, step)
+            for key in ("learning_rate", "consumed_samples"):
+                assert record[key] == expected[step][key], (name, step)
