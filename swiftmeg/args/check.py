@@ -1,5 +1,6 @@
 """Checks of argument combinations, made before anything heavy is imported or started."""
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,11 @@ def check_training(args: Any, model: HFModel) -> None:
     """UserError for the first combination of training arguments that cannot work."""
     if not args.dataset:
         raise UserError("--dataset is needed: name at least one file, folder or hub id")
+    if args.distributed_backend not in (None, platform.backend()):
+        raise UserError(
+            f"--distributed_backend {args.distributed_backend}: ranks talk through nccl with GPUs "
+            "and through gloo without GPUs: drop it"
+        )
     dp = check_layout(args, model)
     batch = args.micro_batch_size * dp
     if args.micro_batch_size < 1 or args.global_batch_size < 1 or args.global_batch_size % batch:
@@ -140,6 +146,13 @@ def check_training(args: Any, model: HFModel) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     _check_recompute(args)
+    _check_optimizer(args)
+    if args.tp_comm_overlap:
+        _need_transformer_engine("--tp_comm_overlap true")
+        if not args.sequence_parallel:
+            raise UserError(
+                "--tp_comm_overlap true needs --sequence_parallel true: set it or drop it"
+            )
     if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
         raise UserError("--lr_warmup_fraction and --lr_warmup_iters exclude each other: drop one")
     lr = args.lr if args.lr is not None else 1e-5
@@ -181,6 +194,30 @@ def _check_recompute(args: Any) -> None:
             "--recompute_method and --recompute_num_layers need --recompute_granularity full: "
             "set it or drop them"
         )
+
+
+def _check_optimizer(args: Any) -> None:
+    precise = "--use_precision_aware_optimizer true"
+    if args.use_precision_aware_optimizer:
+        _need_transformer_engine(precise)
+        if not args.use_distributed_optimizer:
+            raise UserError(f"{precise} needs --use_distributed_optimizer true: set it or drop it")
+    elif args.optimizer_cpu_offload:
+        raise UserError(f"--optimizer_cpu_offload true needs {precise}: set it or drop it")
+    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        value = getattr(args, name)
+        if value != "fp32" and not args.use_precision_aware_optimizer:
+            raise UserError(f"--{name} {value} needs {precise}: set it or use fp32")
+    fraction = args.optimizer_offload_fraction
+    if not 0 <= fraction <= 1:
+        raise UserError(f"--optimizer_offload_fraction {fraction}: must be from 0 to 1")
+
+
+def _need_transformer_engine(flag: str) -> None:
+    if importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(f"{flag} needs TransformerEngine: install swiftmeg[te] or drop it")
+    if not platform.has_cuda():
+        raise UserError(f"{flag} needs a GPU: drop it")
 
 
 def checkpoint_defaults(args: Any, sources: dict[str, str]) -> None:

@@ -2,13 +2,33 @@
 
 from dataclasses import dataclass, field
 
+from swiftmeg.args.architecture import OverrideArguments, ShapeArguments
 from swiftmeg.args.megatron import LoopArguments, MegatronArguments
-from swiftmeg.args.model import DataArguments, ModelArguments, TemplateArguments
+from swiftmeg.args.model import (
+    DataArguments,
+    ModelArguments,
+    PluginArguments,
+    TemplateArguments,
+)
+from swiftmeg.args.planned import (
+    MoeArguments,
+    PlannedArguments,
+    PlannedLayoutArguments,
+    PlannedModelArguments,
+)
 
 
 @dataclass
 class SftArguments(
-    ModelArguments, TemplateArguments, DataArguments, LoopArguments, MegatronArguments
+    ModelArguments,
+    PluginArguments,
+    TemplateArguments,
+    DataArguments,
+    LoopArguments,
+    MegatronArguments,
+    OverrideArguments,
+    ShapeArguments,
+    PlannedArguments,
 ):
     """megatron sft: train on the assistant turns of conversations."""
 
@@ -53,7 +73,17 @@ class ConversionArguments:
 
 
 @dataclass
-class ExportArguments(ModelArguments, TemplateArguments, ConversionArguments):
+class ExportArguments(
+    ModelArguments,
+    PluginArguments,
+    TemplateArguments,
+    ConversionArguments,
+    OverrideArguments,
+    ShapeArguments,
+    MoeArguments,
+    PlannedLayoutArguments,
+    PlannedModelArguments,
+):
     """swift export: convert weights between Hugging Face and Megatron."""
 
     extra_megatron_kwargs: dict[str, object] = field(default_factory=dict)

@@ -45,6 +45,20 @@ class TrainingArguments(MegatronFlags):
     """Attention kernels of TransformerEngine."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """adam is AdamW."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer state on the CPU; needs --use_precision_aware_optimizer."""
+    optimizer_offload_fraction: float = 1.0
+    """Share of the optimizer state that --optimizer_cpu_offload moves."""
+    use_precision_aware_optimizer: bool = False
+    """TransformerEngine's fused Adam, whose states may be of lower precision; needs a GPU."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the main gradients; needs --use_precision_aware_optimizer unless fp32."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Dtype of the master weights; needs --use_precision_aware_optimizer unless fp32."""
+    exp_avg_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Dtype of Adam's first moment; needs --use_precision_aware_optimizer unless fp32."""
+    exp_avg_sq_dtype: Literal["fp32", "fp16", "bf16", "fp8"] = "fp32"
+    """Dtype of Adam's second moment; needs --use_precision_aware_optimizer unless fp32."""
     manual_gc: bool = False
     """Collect garbage at set steps only."""
     manual_gc_interval: int = 0
@@ -67,6 +81,12 @@ class TrainingArguments(MegatronFlags):
     """Switch off TransformerEngine's fused RoPE. None: where layers or scaling need it."""
     no_gradient_accumulation_fusion: bool | None = None
     """Switch off weight-gradient accumulation inside the product. None: off without apex."""
+    exit_interval: int | None = None
+    """Save and end when the step is a multiple of this."""
+    exit_duration_in_mins: int | None = None
+    """Save and end after this many minutes."""
+    exit_signal_handler: bool = False
+    """Save and end on SIGTERM."""
 
 
 @dataclass
@@ -125,6 +145,12 @@ class CheckpointArguments(MegatronFlags):
     """Do not load the random state."""
     ckpt_format: Literal["torch_dist"] = "torch_dist"
     """Checkpoint format; torch_dist loads in any layout."""
+    auto_detect_ckpt_format: bool = True
+    """Find the format of the checkpoint that --load names."""
+    exit_on_missing_checkpoint: bool = True
+    """End if --load holds no checkpoint; without it training would start from random weights."""
+    no_initialization: bool = False
+    """Do not fill weights with random numbers before they are loaded."""
 
 
 @dataclass
@@ -145,6 +171,9 @@ class ParallelArguments(MegatronFlags):
     """Layers on the last pipeline stage."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel communication with products; needs TransformerEngine, a GPU and
+    --sequence_parallel."""
     overlap_grad_reduce: bool = False
     """Reduce gradients during the backward pass."""
     overlap_param_gather: bool = False
@@ -161,6 +190,8 @@ class LoggingArguments(MegatronFlags):
     """Log the norm of the parameters."""
     log_throughput: bool = False
     """Log TFLOP/s per GPU."""
+    logging_level: str | None = None
+    """Level of Python's loggers: a name such as INFO, or a number."""
     tensorboard_log_interval: int = 1
     """Steps between TensorBoard points."""
     tensorboard_queue_size: int = 50
@@ -222,6 +253,8 @@ class LoopArguments:
     """Layer backend. None: transformer_engine where it is installed with a GPU, else native."""
     max_epochs: int | None = None
     """Stop after this many passes over the data."""
+    no_log_learning_rate_to_tensorboard: bool = False
+    """Leave the learning rate out of TensorBoard."""
     add_version: bool = True
     """Write to a new `vN-time` folder inside --save."""
     save_safetensors: bool = False

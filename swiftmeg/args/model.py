@@ -20,6 +20,20 @@ class ModelArguments:
 
 
 @dataclass
+class PluginArguments:
+    """Model source and plugins"""
+
+    model_revision: str | None = None
+    """Revision of a model that comes from a hub."""
+    external_plugins: list[str] = field(default_factory=list)
+    """Python files that are run first, e.g. to register datasets."""
+    custom_register_path: list[str] = field(default_factory=list)
+    """Like --external_plugins."""
+    model_kwargs: dict[str, object] | None = None
+    """Environment variables as JSON; names are written in capitals."""
+
+
+@dataclass
 class TemplateArguments:
     """Chat template"""
 
@@ -61,6 +75,8 @@ class DataArguments:
     """When interleaving ends."""
     columns: dict[str, str] | None = None
     """Column renames before rows are read: {"old": "new"}."""
+    load_data_args: bool = False
+    """Take these data flags, too, from the checkpoint's args.json where they are not given."""
     strict: bool = False
     """Stop at the first bad row instead of dropping and counting it."""
     model_name: list[str] | None = None
@@ -69,6 +85,12 @@ class DataArguments:
     """Fills {{AUTHOR}} in self-cognition rows: one value, or a Chinese and an English one."""
     use_hf: bool = False
     """Look hub ids up on Hugging Face instead of ModelScope."""
+    load_from_cache_file: bool = True
+    """Use what was read from the same files before."""
+    download_mode: Literal["reuse_dataset_if_exists", "force_redownload"] = (
+        "reuse_dataset_if_exists"
+    )
+    """Whether datasets that were downloaded before are downloaded again."""
     hub_token: str | None = None
     """Access token of the hub; never written to args.json."""
     packing: bool = False

@@ -1,7 +1,8 @@
 """Command-line syntax: dataclass fields become flags, attribute docstrings become help.
 
 `--flag value`, `--flag true|false` (a bare `--flag` means true), lists by spaces, dicts as JSON,
-underscores or hyphens. Only what the user typed is returned; defaults are the resolver's business.
+underscores or hyphens, also under a flag's aliases. Only what the user typed is returned; defaults
+are the resolver's business.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import textwrap
 import types
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from swiftmeg.args.aliases import aliases_of, merge_aliases
 from swiftmeg.errors import UserError
 
 _TRUE = {"true", "yes", "on", "1"}
@@ -128,6 +130,15 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
             help=text,
             **_argparse_type(hints[field.name]),
         )
+    for alias, name in aliases_of({field.name for field in dataclasses.fields(cls)}).items():
+        parser.add_argument(
+            f"--{alias}",
+            f"--{alias.replace('_', '-')}",
+            dest=alias,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+            **_argparse_type(hints[name]),
+        )
     return parser
 
 
@@ -154,4 +165,4 @@ def parse_flags(cls: type, argv: list[str], prog: str) -> dict[str, Any]:
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), names, n=1)
         hint = f"did you mean --{near[0]}?" if near else f"see {prog} --help"
         raise UserError(f"{prog}: unknown flag {flag}: {hint}")
-    return vars(known)
+    return merge_aliases(vars(known), {field.name for field in dataclasses.fields(cls)})

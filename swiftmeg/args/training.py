@@ -1,44 +1,65 @@
 """Reading the arguments of a training command and the model that they name."""
 
+import dataclasses
 from typing import Any
 
 from swiftmeg import platform
+from swiftmeg.args.architecture import OVERRIDES, with_overrides
+from swiftmeg.args.model import DataArguments
 from swiftmeg.args.parser import parse_flags
+from swiftmeg.args.planned import check_planned
+from swiftmeg.args.plugins import load_plugins
 from swiftmeg.args.resolve import read_args_file, resolve
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel, read_model
 
-INHERITED = ("model", "torch_dtype", "template", "system", "trust_remote_code")
+INHERITED = ("model", "torch_dtype", "template", "system", "trust_remote_code", *OVERRIDES)
 """What a checkpoint's args.json says about the model rather than about the run that wrote it."""
 
 
-def inherited(folder: str | None, load_args: bool) -> list[tuple[str, dict[str, Any]]]:
-    """The resolver's layer for the args.json of `folder`."""
-    if folder is None or not load_args:
+def inherited(folder: str | None, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The resolver's layer for the args.json of `folder`, as far as `given` asks for it."""
+    if folder is None or not given.get("load_args", True):
         return []
     saved = read_args_file(folder)
-    return [("args.json", {name: saved[name] for name in INHERITED if name in saved})]
+    names = list(INHERITED)
+    if given.get("load_data_args"):
+        names += [field.name for field in dataclasses.fields(DataArguments)]
+    return [("args.json", {name: saved[name] for name in names if name in saved})]
+
+
+def read_command(
+    cls: type[Any], argv: list[str], prog: str, checkpoint: str
+) -> tuple[Any, dict[str, str], HFModel]:
+    """Parse and resolve `argv`; returns the arguments, their sources and the model.
+
+    `checkpoint` is the flag that names a Megatron checkpoint.
+    """
+    given = parse_flags(cls, argv, prog)
+    args, sources = resolve(cls, given, inherited(given.get(checkpoint), given))
+    check_planned(args)
+    load_plugins(args)
+    return args, sources, read_named_model(args)
 
 
 def read_named_model(args: Any) -> HFModel:
     """The model that --model or the checkpoint's args.json names."""
     if args.model is None:
         raise UserError("--model is needed: name a Hugging Face folder or hub id")
-    return read_model(
+    model = read_model(
         args.model,
         use_hf=getattr(args, "use_hf", False),
         trust_remote_code=args.trust_remote_code,
+        revision=args.model_revision,
     )
+    return with_overrides(model, args)
 
 
 def read_training_arguments(
     cls: type[Any], argv: list[str], prog: str
 ) -> tuple[Any, dict[str, str], HFModel]:
     """Parse, resolve and complete `argv`; returns the arguments, their sources and the model."""
-    given = parse_flags(cls, argv, prog)
-    layers = inherited(given.get("load"), given.get("load_args", True))
-    args, sources = resolve(cls, given, layers)
-    model = read_named_model(args)
+    args, sources, model = read_command(cls, argv, prog, "load")
     args.model = str(model.folder)
     _choose_dtype(args, sources, model)
     return args, sources, model

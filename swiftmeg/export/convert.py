@@ -91,10 +91,12 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
                 dims,
                 dtype=megatron.params_dtype,
                 max_shard_bytes=max_shard_bytes,
+                overrides=model.overrides,
             )
         if args.test_convert_precision:
             reference = model.folder if args.to_mcore else unfinished
-            compare_logits(models, reference, model.tokenizer(), dims.vocab_size)
+            config = model.hf_config if args.to_mcore else None
+            compare_logits(models, reference, model.tokenizer(), dims.vocab_size, config)
         if args.to_mcore:
             save_mcore(models, unfinished)
         if first:

@@ -83,20 +83,25 @@ def mcore_logits(models: list[Any], ids: Tensor, vocab_size: int) -> Tensor | No
 
 
 @torch.no_grad()
-def hf_logits(folder: Path, ids: Tensor) -> Tensor:
-    """fp32 logits [1, s, vocab_size] of the model in an HF folder."""
+def hf_logits(folder: Path, ids: Tensor, hf_config: Any = None) -> Tensor:
+    """fp32 logits [1, s, vocab_size] of the model in an HF folder, with its own config or this."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(ids.device)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, dtype=torch.float32)
+    model.to(ids.device)
     logits: Tensor = model.eval()(ids).logits
     return logits.float()
 
 
-def compare_logits(models: list[Any], folder: Path, tokenizer: Any, vocab_size: int) -> None:
+def compare_logits(
+    models: list[Any], folder: Path, tokenizer: Any, vocab_size: int, hf_config: Any = None
+) -> None:
     """Compare a live model with an HF folder and print the differences; collective.
+
+    `hf_config` takes the place of the folder's config.json.
 
     UserError, on every rank, where the largest difference is above the bound.
     """
@@ -106,7 +111,7 @@ def compare_logits(models: list[Any], folder: Path, tokenizer: Any, vocab_size: 
     judge = torch.distributed.get_world_size() - 1  # on the last stage in every order of groups
     if torch.distributed.get_rank() == judge:
         assert ours is not None
-        theirs = hf_logits(folder, ids)
+        theirs = hf_logits(folder, ids, hf_config)
         difference = (ours - theirs).abs()
         bound = RELATIVE_BOUND * theirs.abs().max().item()
         ours_next, theirs_next = ours.argmax(-1), theirs.argmax(-1)

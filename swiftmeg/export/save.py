@@ -26,10 +26,13 @@ _WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.
 _OWN_FILES = {"args.json", "config.json"}
 
 
-def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
+def copy_model_files(
+    source: Path, target: Path, dtype: torch.dtype, overrides: dict[str, Any]
+) -> None:
     """Copy config, generation config, tokenizer and chat template; weights stay behind.
 
-    Files are taken as published; only the dtype in config.json follows the weights written.
+    Files are taken as published; only the dtype in config.json follows the weights written, and
+    `overrides` take the place of its values.
     """
     for path in source.iterdir():
         if path.is_file() and path.name not in _OWN_FILES and not path.name.startswith("."):
@@ -38,6 +41,12 @@ def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     config = json.loads((source / "config.json").read_text())
     key = "dtype" if "dtype" in config else "torch_dtype"
     config[key] = str(dtype).removeprefix("torch.")
+    config |= overrides
+    if (rope := overrides.get("rope_parameters")) and "rope_theta" in config:
+        # The spelling of transformers 4, which some readers still know alone.
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -52,6 +61,7 @@ def save_hf(
     *,
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
+    overrides: dict[str, Any] | None = None,
 ) -> None:
     """Write the model's weights as `dtype` safetensors into `folder`, files of `source` beside.
 
@@ -63,7 +73,7 @@ def save_hf(
     writer = is_writer()
     if torch.distributed.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        copy_model_files(source, folder, dtype)
+        copy_model_files(source, folder, dtype, overrides or {})
     torch.distributed.barrier()
     if holds_first_copy():
         sizes = [

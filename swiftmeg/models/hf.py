@@ -3,7 +3,7 @@
 import importlib
 import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ class HFModel:
     """The transformers config object; it knows the defaults that config.json leaves out."""
     family: Family
     trust_remote_code: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Values of `hf_config` that the user set in place of config.json's."""
 
     @cached_property
     def config(self) -> HFConfig:
@@ -57,10 +59,15 @@ class HFModel:
             ) from None
 
 
-def find_folder(model: str, use_hf: bool = False) -> Path:
+def find_folder(model: str, use_hf: bool = False, revision: str | None = None) -> Path:
     """A local folder as it is, or a hub id downloaded into the hub's cache."""
     path = Path(model).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"--model_revision {revision} needs a hub id, but --model {model} is a folder: "
+                "drop it"
+            )
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"--model {model}: no such folder, and not a hub id of the form owner/name")
@@ -71,7 +78,7 @@ def find_folder(model: str, use_hf: bool = False) -> Path:
     )
     try:
         library = "huggingface_hub" if hub == "Hugging Face" else "modelscope"
-        return Path(importlib.import_module(library).snapshot_download(model))
+        return Path(importlib.import_module(library).snapshot_download(model, revision=revision))
     except Exception as error:  # hubs raise many kinds; all mean the same to the user
         raise UserError(
             f"--model {model}: no such folder, and {hub} could not deliver it ({_reason(error)}): "
@@ -84,11 +91,17 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(str(error) or repr(error), 200, placeholder=" ...")
 
 
-def read_model(model: str, *, use_hf: bool = False, trust_remote_code: bool = False) -> HFModel:
+def read_model(
+    model: str,
+    *,
+    use_hf: bool = False,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> HFModel:
     """Find a model and read its config; UserError if it is missing, broken or not supported."""
     from transformers import AutoConfig
 
-    folder = find_folder(model, use_hf)
+    folder = find_folder(model, use_hf, revision)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"--model {folder}: there is no config.json in this folder: name the folder of a "

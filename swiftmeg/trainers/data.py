@@ -89,6 +89,8 @@ def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
         "model_author": args.model_author,
         "use_hf": args.use_hf,
         "hub_token": args.hub_token,
+        "download_mode": args.download_mode,
+        "load_from_cache_file": args.load_from_cache_file,
     }
     ratio = 0.0 if args.val_dataset else args.split_dataset_ratio
     train_rows, validation_rows = load_rows(

@@ -2,11 +2,13 @@
 
 import argparse
 import importlib.util
+import logging
 import math
 from typing import Any
 
 from swiftmeg import platform
 from swiftmeg.args.parse import layout_attributes, megatron_flags, megatron_namespace, model_flags
+from swiftmeg.errors import UserError
 from swiftmeg.models.build import padded_vocab_size
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layers import choose_backend
@@ -34,7 +36,7 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         "lr": args.lr if args.lr is not None else 1e-5,
         "fp16": args.fp16,
         "bf16": args.bf16,
-        "exit_on_missing_checkpoint": True,
+        "logging_level": _logging_level(args.logging_level),
         # A resumed run may be longer than the one that was saved: this run's flags decide.
         "override_opt_param_scheduler": True,
         "dist_ckpt_optim_fully_reshardable": True,
@@ -50,6 +52,16 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
     )
     attributes = layout_attributes(model.megatron_args, vocabulary, backend)
     return megatron_namespace(flags, args.extra_megatron_kwargs, attributes)
+
+
+def _logging_level(name: str | None) -> int | None:
+    """Megatron takes a number, users write names too."""
+    if name is None or name.isdecimal():
+        return None if name is None else int(name)
+    levels = logging.getLevelNamesMapping()
+    if name.upper() not in levels:
+        raise UserError(f"--logging_level {name}: use a number or one of {', '.join(levels)}")
+    return levels[name.upper()]
 
 
 def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:

@@ -141,6 +141,20 @@ def _open_folder(run: Run, megatron: Any) -> None:
         write_args_file(run.folder, run.args, run.sources)
     megatron.tensorboard_dir = run.args.tensorboard_dir or str(run.folder / "runs")
     global_vars._set_tensorboard_writer(megatron)
+    writer = global_vars.get_tensorboard_writer()
+    if writer and run.args.no_log_learning_rate_to_tensorboard:
+        _leave_out(writer, "learning-rate")
+
+
+def _leave_out(writer: Any, prefix: str) -> None:
+    """Keep curves whose names start with `prefix` out of TensorBoard."""
+    write = writer.add_scalar
+
+    def add_scalar(tag: str, *args: Any, **kwargs: Any) -> None:
+        if not tag.startswith(prefix):
+            write(tag, *args, **kwargs)
+
+    writer.add_scalar = add_scalar
 
 
 def _close_tensorboard() -> None:
@@ -165,6 +179,7 @@ def _hf_writer(run: Run, megatron: Any) -> Callable[[int, Any], None]:
             run.model.config,
             dims_of(megatron),
             dtype=megatron.params_dtype,
+            overrides=run.model.overrides,
         )
         gc.collect()
 

@@ -1,0 +1,371 @@
+"""Flags of features that are not there yet, and of the original's that have no meaning here.
+
+Users' scripts state them, often at the value that switches the feature off: that passes. Any other
+value ends the command with the feature's name or, where there is one, what to use instead.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from swiftmeg.errors import UserError
+
+
+class PlannedFlags:
+    """Marks dataclasses of such flags; the first line of the docstring names the feature."""
+
+
+@dataclass
+class LoraArguments(PlannedFlags):
+    """LoRA"""
+
+    train_type: Literal["full", "lora"] = "full"
+    """full trains every weight, lora adapters."""
+    adapter_load: str | None = None
+    """LoRA checkpoint to continue from."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Suffixes of the modules that get an adapter."""
+    target_regex: str | None = None
+    """Regular expression of the modules that get an adapter."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole beside the adapters."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale of the adapters, divided by the rank."""
+    lora_dropout: float = 0.05
+    """Dropout of the adapters' input."""
+    lora_bias: Literal["none", "all"] = "none"
+    """Which biases are trained beside the adapters."""
+    use_rslora: bool = False
+    """Divide the scale by the rank's square root."""
+
+
+@dataclass
+class FreezingArguments(PlannedFlags):
+    """Freezing of parameters"""
+
+    freeze_parameters: list[str] = field(default_factory=list)
+    """Prefixes of the parameters that stay as they are."""
+    freeze_parameters_regex: str | None = None
+    """Regular expression of the parameters that stay as they are."""
+    freeze_parameters_ratio: float = 0.0
+    """Share of the parameters, from the first, that stay as they are."""
+    trainable_parameters: list[str] = field(default_factory=list)
+    """Prefixes of parameters that are trained although frozen otherwise."""
+    trainable_parameters_regex: str | None = None
+    """Regular expression of parameters that are trained although frozen otherwise."""
+
+
+@dataclass
+class PreferenceArguments(PlannedFlags):
+    """Preference training (megatron rlhf)"""
+
+    rlhf_type: Literal["dpo"] | None = None
+    """Which algorithm."""
+    ref_load: str | None = None
+    """Megatron checkpoint of the reference model."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference model."""
+    rpo_alpha: float = 1.0
+    """Weight of the chosen answer's likelihood."""
+    reference_free: bool = False
+    """Take a uniform distribution for the reference model."""
+    label_smoothing: float = 0.0
+    """Share of preferences taken to be wrong."""
+    f_divergence_type: str = "reverse_kl"
+    """Divergence from the reference model."""
+    loss_type: str = "sigmoid"
+    """Form of the DPO loss."""
+
+
+@dataclass
+class MoeArguments(PlannedFlags):
+    """Mixture of experts"""
+
+    num_experts: int | None = None
+    """Experts per layer."""
+    moe_layer_freq: str | None = None
+    """Which layers have experts."""
+    moe_ffn_hidden_size: int | None = None
+    """Hidden size of an expert."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Hidden size of all shared experts together."""
+    moe_router_topk: int | None = None
+    """Experts per token."""
+    moe_router_pre_softmax: bool | None = None
+    """Softmax before the choice of experts."""
+    moe_router_dtype: Literal["none", "fp32", "fp64"] = "fp32"
+    """Dtype of the router."""
+    moe_router_score_function: Literal["sigmoid", "softmax"] | None = None
+    """Scores of the router."""
+    moe_router_bias_update_rate: float = 1e-3
+    """Step of the experts' bias."""
+    moe_router_enable_expert_bias: bool | None = None
+    """Balance experts by a bias instead of a loss."""
+    moe_router_topk_scaling_factor: float | None = None
+    """Factor on the experts' output."""
+    moe_router_load_balancing_type: (
+        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
+    ) = None
+    """How experts are balanced."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share every expert."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = "alltoall"
+    """How tokens reach their experts."""
+    moe_enable_deepep: bool = False
+    """Dispatch tokens with DeepEP's kernels."""
+    moe_grouped_gemm: bool = False
+    """Compute a rank's experts in one grouped product."""
+    moe_permute_fusion: bool = False
+    """Fuse the permutation of tokens."""
+    moe_aux_loss_coeff: float | None = None
+    """Weight of the balancing loss."""
+    moe_z_loss_coeff: float | None = None
+    """Weight of the router's z-loss."""
+    moe_expert_capacity_factor: float | None = None
+    """Most tokens of an expert, as a multiple of the mean. None drops no token."""
+    moe_shared_expert_overlap: bool = False
+    """Compute shared experts while tokens travel."""
+    moe_token_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens are dropped."""
+
+
+@dataclass
+class MlaArguments(PlannedFlags):
+    """Multi-latent attention"""
+
+    multi_latent_attention: bool = False
+    """Attention over compressed keys and values."""
+    q_lora_rank: int | None = None
+    """Rank of the compressed queries."""
+    kv_lora_rank: int | None = None
+    """Rank of the compressed keys and values."""
+    qk_head_dim: int | None = None
+    """Size of the part of a head without positions."""
+    qk_pos_emb_head_dim: int | None = None
+    """Size of the part of a head with positions."""
+
+
+@dataclass
+class Fp8Arguments(PlannedFlags):
+    """FP8 training"""
+
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """FP8 format of the linear layers."""
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "delayed"
+    """How FP8 scales are found."""
+    fp8_amax_history_len: int = 1024
+    """Steps that delayed scaling looks back."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "max"
+    """How delayed scaling condenses its history."""
+    fp8_param_gather: bool = False
+    """Keep and gather parameters in FP8."""
+
+
+@dataclass
+class PlannedLayoutArguments(PlannedFlags):
+    """Context and virtual pipeline parallelism"""
+
+    context_parallel_size: int = 1
+    """Ranks that share every sample."""
+    sequence_parallel_size: int = 1
+    """Another name for --context_parallel_size."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model parts per pipeline stage."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers per model part."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Another name for --virtual_pipeline_model_parallel_size."""
+    pipeline_model_parallel_layout: str | None = None
+    """Which layers each pipeline stage holds, as a string."""
+
+
+@dataclass
+class PlannedDataArguments(PlannedFlags):
+    """Further data options"""
+
+    streaming: bool = False
+    """Read rows while training instead of before."""
+    shuffle_buffer_size: int = 1000
+    """Rows among which --streaming shuffles."""
+    lazy_tokenize: bool | None = None
+    """Tokenise rows while training instead of before."""
+    packing_cache: str | None = None
+    """Folder of packed rows."""
+    cached_dataset: list[str] = field(default_factory=list)
+    """Folders of tokenised rows."""
+    mlp_padding_free: bool = False
+    """Leave padding out of the MLP only."""
+    dataloader_type: Literal["single", "cyclic", "external"] = "cyclic"
+    """Order of rows: cyclic shuffles them anew for every epoch."""
+    val_dataset_shuffle: bool = False
+    """Shuffle the validation rows."""
+    remove_unused_columns: bool = True
+    """Leave unknown columns of rows behind."""
+    custom_dataset_info: list[str] = field(default_factory=list)
+    """Files that describe datasets."""
+    padding_side: Literal["right", "left"] = "right"
+    """Where rows are padded."""
+    agent_template: str | None = None
+    """How tools are written into the prompt."""
+    template_backend: Literal["swift", "jinja"] | None = None
+    """Who renders the chat template."""
+    response_prefix: str | None = None
+    """Text that every answer starts with; for `swift infer`."""
+
+
+@dataclass
+class PlannedModelArguments(PlannedFlags):
+    """Further model options"""
+
+    model_type: str | None = None
+    """Name of the model's family."""
+    task_type: Literal["causal_lm", "seq_cls", "embedding", "reranker", "generative_reranker"] = (
+        "causal_lm"
+    )
+    """What the model's head computes."""
+    num_labels: int | None = None
+    """Labels of a classifier."""
+    problem_type: str | None = None
+    """Kind of classification."""
+    attn_impl: str | None = None
+    """Attention of transformers."""
+    new_special_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to the vocabulary."""
+    device_map: str | None = None
+    """Placement of the Hugging Face model."""
+    max_memory: str | None = None
+    """Memory limits of the Hugging Face model."""
+    local_repo_path: str | None = None
+    """Source code of the model."""
+    init_strategy: str | None = None
+    """How weights that the folder lacks are made."""
+    adapters: list[str] = field(default_factory=list)
+    """LoRA adapters of the Hugging Face model."""
+    apply_query_key_layer_scaling: bool | None = None
+    """Divide attention scores by the layer's number before the softmax and multiply after."""
+
+
+@dataclass
+class PlannedArguments(
+    LoraArguments,
+    FreezingArguments,
+    PreferenceArguments,
+    MoeArguments,
+    MlaArguments,
+    Fp8Arguments,
+    PlannedLayoutArguments,
+    PlannedDataArguments,
+    PlannedModelArguments,
+):
+    """Every planned flag of the training commands."""
+
+
+OFF: dict[str, tuple[Any, ...]] = {
+    "adapter_load": ("",),
+    "expert_tensor_parallel_size": (1,),
+    "moe_aux_loss_coeff": (0.0,),
+    "moe_layer_freq": ("1",),
+    "moe_router_dtype": ("none",),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_pre_softmax": (False,),
+    "moe_token_dispatcher_type": ("allgather",),
+    "virtual_pipeline_model_parallel_size": (1,),
+    "num_virtual_stages_per_pipeline_rank": (1,),
+    "lazy_tokenize": (False,),
+    "template_backend": ("swift",),
+    "apply_query_key_layer_scaling": (False,),
+    "num_experts": (0,),
+}
+"""Values that mean "off" beside the default."""
+
+REASONS = {
+    "train_type": "LoRA is not supported yet: use --train_type full",
+    "target_regex": "LoRA is not supported yet (--target_modules will take suffixes)",
+    "rlhf_type": "there is no megatron rlhf yet: megatron sft and megatron pt are there",
+    "loss_type": "preference training is not supported yet; it will start with sigmoid alone",
+    "moe_token_dispatcher_type": "mixture of experts is not supported yet; alltoall_seq is gone "
+    "from Megatron, whose alltoall does the same",
+    "moe_expert_capacity_factor": "mixture of experts is not supported yet, and no config.json "
+    "says a capacity: drop it",
+    "sequence_parallel_size": "context parallelism is not supported yet: to split activations over "
+    "tensor-parallel ranks use --sequence_parallel true",
+    "streaming": "reading rows while training is not supported yet: rows are tokenised once, into "
+    "files that are mapped and not held in memory",
+    "shuffle_buffer_size": "it belongs to --streaming, which is not supported yet: all rows are "
+    "shuffled with each other",
+    "lazy_tokenize": "tokenising while training is not supported yet: rows are tokenised once, "
+    "with --dataset_num_proc processes, and kept for later runs",
+    "packing_cache": "packing needs no folder of its own; tokenised rows are kept in "
+    "$SWIFTMEG_CACHE: drop it",
+    "cached_dataset": "tokenised rows are kept in $SWIFTMEG_CACHE: name the rows by --dataset",
+    "mlp_padding_free": "use --padding_free true, which leaves padding out everywhere",
+    "dataloader_type": "rows are shuffled anew for every epoch, from --seed: use cyclic",
+    "val_dataset_shuffle": "an evaluation sees every validation row, so their order is kept: "
+    "drop it",
+    "remove_unused_columns": "rows hold the known columns only: drop it",
+    "custom_dataset_info": "it is not supported yet: register datasets from --external_plugins, or "
+    "name files by --dataset and map their columns by --columns",
+    "padding_side": "training pads on the right: use right",
+    "agent_template": "tools are written as the chat template says: drop it",
+    "template_backend": "chat templates are jinja in any case: drop it",
+    "response_prefix": "it is a flag of swift infer: drop it",
+    "model_type": "the family is found by config.json's `architectures`: drop it",
+    "task_type": "only causal_lm is supported yet",
+    "num_labels": "classifiers are not supported yet",
+    "problem_type": "classifiers are not supported yet",
+    "attn_impl": "it is a flag of swift infer; in training --attention_backend chooses kernels",
+    "new_special_tokens": "adding tokens is not supported yet: add them to the Hugging Face folder "
+    "with transformers' add_tokens and resize_token_embeddings",
+    "device_map": "it is a flag of swift infer; here the parallel sizes place the weights",
+    "max_memory": "the parallel sizes place the weights: drop it",
+    "local_repo_path": "models come from --model alone: drop it",
+    "init_strategy": "every weight must be in the folder: drop it",
+    "adapters": "LoRA is not supported yet: merge the adapters first, with peft",
+    "apply_query_key_layer_scaling": "it changes no result, and the attention kernels keep their "
+    "scores in fp32: drop it",
+}
+"""What a refusal says instead of naming the group's feature."""
+
+
+def planned_flags(cls: type[Any]) -> dict[str, type[Any]]:
+    """The planned fields of `cls`, each with the group that declares it."""
+    return {
+        each.name: group
+        for group in cls.__mro__
+        if PlannedFlags in group.__bases__
+        for each in dataclasses.fields(group)
+    }
+
+
+def default_of(each: dataclasses.Field[Any]) -> Any:
+    """A field's default."""
+    if each.default_factory is not dataclasses.MISSING:
+        return each.default_factory()
+    return each.default
+
+
+def check_planned(args: Any) -> None:
+    """UserError for the first planned flag whose value asks for what is not there."""
+    groups = planned_flags(type(args))
+    for each in dataclasses.fields(args):
+        if each.name not in groups:
+            continue
+        value = getattr(args, each.name)
+        if value != default_of(each) and value not in OFF.get(each.name, ()):
+            raise UserError(f"--{each.name} {_shown(value)}: {refusal(each.name, groups)}")
+
+
+def refusal(name: str, groups: dict[str, type[Any]]) -> str:
+    """Why flag `name` has no effect yet, and what to do."""
+    title = (groups[name].__doc__ or "").splitlines()[0]
+    return REASONS.get(name, f"{title} is not supported yet: drop it")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
