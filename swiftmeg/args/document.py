@@ -20,6 +20,10 @@ A flag is written `--name value`. `true` and `false` are booleans (a bare `--nam
 are separated by spaces, objects are JSON. None: as the meaning says. Aliases are other spellings
 of the same flag, from the original's 4.x releases; `not x` takes the opposite value.
 
+Flags can also stand in a YAML or JSON file, which is the first word of the command or the value of
+`--config`: keys are the names of flags, and a section `ENV` holds environment variables. Flags and
+variables of the command line win.
+
 Parameters without effect yet are listed last: they pass at their default, and at other values that
 mean "off", and end the command in one line otherwise.
 """

@@ -17,6 +17,7 @@ import types
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from swiftmeg.args.aliases import aliases_of, merge_aliases
+from swiftmeg.args.config import config_words, split_config
 from swiftmeg.errors import UserError
 
 _TRUE = {"true", "yes", "on", "1"}
@@ -105,7 +106,7 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
     """Make the argparse parser of dataclass `cls`; every default is SUPPRESS."""
     parser = _Parser(
         prog=prog,
-        usage=f"{prog} [--flag value ...]",
+        usage=f"{prog} [FILE.yaml|FILE.json] [--flag value ...]",
         allow_abbrev=False,
         description=inspect.getdoc(cls),
     )
@@ -145,9 +146,13 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
 def parse_flags(cls: type, argv: list[str], prog: str) -> dict[str, Any]:
     """Parse `argv` by the fields of `cls`; return only what was typed, by field name.
 
+    Flags of the file that `argv` names (see config.py) count as typed, and give way to flags.
     Raises UserError for an unknown flag (naming the nearest one), a stray word, a flag given
     twice, or a value of the wrong type.
     """
+    file, argv = split_config(argv)
+    if file is not None:
+        return parse_flags(cls, config_words(file), file) | parse_flags(cls, argv, prog)
     seen: set[str] = set()
     for word in argv:
         if not word.startswith("--"):

@@ -7,6 +7,7 @@ import sys
 from typing import NamedTuple
 
 import swiftmeg
+from swiftmeg.args.config import export_environment
 from swiftmeg.cli import launch
 from swiftmeg.cli.failure import guarded
 from swiftmeg.errors import UserError
@@ -61,6 +62,7 @@ def _dispatch(program: str, argv: list[str]) -> int | None:
         return 0
     command = _find(program, argv)
     wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    export_environment(argv[1:], os.environ)
     if command.distributed and not wants_help:
         # Megatron's overlap of communication with computation relies on one hardware queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
