@@ -171,6 +171,11 @@ def check_training(args: Any, model: HFModel) -> None:
         raise UserError(
             "--optimizer sgd cannot be sharded: pass --use_distributed_optimizer false with it"
         )
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            f"--wandb_project {args.wandb_project} needs the package wandb: install "
+            "swiftmeg[wandb] or drop it"
+        )
     if args.fp16 and args.bf16:
         raise UserError("--fp16 true and --bf16 true exclude each other: drop one")
     if args.fp16 and not platform.has_cuda():

@@ -5,6 +5,7 @@ effect; a flag without a row fails, and so does a documented one that is not dec
 """
 
 import dataclasses
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -338,7 +339,11 @@ MEGATRON: dict[str, Row] = {
     "log_timers_to_tensorboard": Sets(False, "log_timers_to_tensorboard"),
     "log_validation_ppl_to_tensorboard": Sets(False, "log_validation_ppl_to_tensorboard"),
     "log_memory_to_tensorboard": Sets(False, "log_memory_to_tensorboard"),
-    "wandb_project": Sets("p", "wandb_project", flags={"wandb_exp_name": "e"}),
+    "wandb_project": (
+        Sets("p", "wandb_project", flags={"wandb_exp_name": "e"})
+        if importlib.util.find_spec("wandb")
+        else Refused("p", r"needs the package wandb: install swiftmeg\[wandb\]")
+    ),
     "wandb_exp_name": Sets("e", "wandb_exp_name"),
     "wandb_save_dir": Sets("w", "wandb_save_dir"),
     "eval_iters": Sets(3, "eval_iters", flags={"split_dataset_ratio": 0.25}),
