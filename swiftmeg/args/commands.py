@@ -8,6 +8,7 @@ from swiftmeg.args.model import (
     DataArguments,
     ModelArguments,
     PluginArguments,
+    PromptArguments,
     TemplateArguments,
 )
 from swiftmeg.args.planned import (
@@ -76,7 +77,7 @@ class ConversionArguments:
 class ExportArguments(
     ModelArguments,
     PluginArguments,
-    TemplateArguments,
+    PromptArguments,
     ConversionArguments,
     OverrideArguments,
     ShapeArguments,

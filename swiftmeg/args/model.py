@@ -34,20 +34,26 @@ class PluginArguments:
 
 
 @dataclass
-class TemplateArguments:
+class PromptArguments:
     """Chat template"""
 
     template: str | None = None
     """Name of a built-in chat template. None: the tokenizer's own."""
     system: str | None = None
     """System message for rows that have none: the text itself or a .txt file."""
+    use_chat_template: bool | None = None
+    """Render messages with the chat template; false trains on plain text. None: true except for
+    `megatron pt`."""
+
+
+@dataclass
+class TemplateArguments(PromptArguments):
+    """Samples"""
+
     max_length: int | None = None
     """Longest sample in tokens. None: the model's max_position_embeddings."""
     truncation_strategy: Literal["delete", "left", "right"] = "delete"
     """What happens to longer samples: drop them, or cut them on one side."""
-    use_chat_template: bool | None = None
-    """Render messages with the chat template; false trains on plain text. None: true except for
-    `megatron pt`."""
     loss_scale: str | None = None
     """Which tokens are trained: `default` (all assistant turns), `last_round` or `all`. None:
     `default`, for `megatron pt` `all`."""

@@ -463,8 +463,7 @@ CONVERSION: dict[str, Row] = SHARED | {
     "extra_megatron_kwargs": ShownBy("tests/layouts/test_conversion.py", "extra_megatron_kwargs"),
     **{
         name: ShownBy("tests/args/test_parameters.py", "test_conversion_hands_on")
-        for name in ("template", "system", "max_length", "truncation_strategy",
-                     "use_chat_template", "loss_scale")
+        for name in ("template", "system", "use_chat_template")
     },
 }  # fmt: skip
 
@@ -722,13 +721,10 @@ def test_tensorboard_goes_where_it_is_told() -> None:
 
 
 def test_conversion_hands_on(tmp_path: Path) -> None:
-    """template, system, max_length, truncation_strategy, use_chat_template, loss_scale"""
+    """template, system and use_chat_template reach `swift infer` through args.json."""
     from swiftmeg.args.resolve import read_args_file, write_args_file
 
-    flags = {
-        "template": "chatml", "system": "Be brief.", "max_length": 9,
-        "truncation_strategy": "left", "use_chat_template": False, "loss_scale": "all",
-    }  # fmt: skip
+    flags = {"template": "chatml", "system": "Be brief.", "use_chat_template": False}
     context = read_export(flags)
     write_args_file(tmp_path, context.args, context.sources)
     saved = read_args_file(tmp_path)
