@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swiftmeg.errors import UserError
-from swiftmeg.models.family import ROPE_TYPES
+from swiftmeg.models.arguments import ROPE_TYPES
 from swiftmeg.models.hf import HFModel
 
 _FIXED = {

@@ -12,9 +12,7 @@ from megatron.training import arguments as megatron_arguments
 from swiftmeg import platform
 from swiftmeg.args.megatron import MegatronFlags
 from swiftmeg.errors import UserError
-
-_MODEL_SWITCHES = ("attention_output_bias", "mlp_bias")
-"""What families say and Megatron has no argument for; set on the namespace as attributes."""
+from swiftmeg.models.arguments import MODEL_SWITCHES
 
 
 def megatron_flags(args: Any) -> dict[str, Any]:
@@ -30,8 +28,10 @@ def megatron_flags(args: Any) -> dict[str, Any]:
 
 def model_flags(megatron_args: dict[str, Any]) -> dict[str, Any]:
     """Megatron flags of a model from its family's arguments."""
-    flags = {k: v for k, v in megatron_args.items() if k not in (*_MODEL_SWITCHES, "vocab_size")}
+    flags = {k: v for k, v in megatron_args.items() if k not in (*MODEL_SWITCHES, "vocab_size")}
     flags["rotary_base"] = int(flags["rotary_base"])
+    if "moe_layer_freq" in flags:
+        flags["moe_layer_freq"] = str(flags["moe_layer_freq"])
     return flags | {
         "group_query_attention": True,
         "normalization": "RMSNorm",
@@ -109,5 +109,5 @@ def layout_attributes(
         "layer_backend": backend,
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "distributed_backend": platform.backend(),
-        **{name: bool(megatron_args.get(name)) for name in _MODEL_SWITCHES},
+        **{name: bool(megatron_args.get(name)) for name in MODEL_SWITCHES},
     }

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import mpu
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.shards import live_weights
@@ -28,7 +27,6 @@ def load_hf(
     """
     weights = HFWeights(folder)
     plan = {each.mcore: each for each in check_names(family, config, weights)}
-    rank, size = mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
     filled: set[str] = set()
     for live in live_weights(models):
         tied_head = live.name == OUTPUT and live.name not in plan
@@ -37,15 +35,15 @@ def load_hf(
             raise UserError(f"{family.architecture} has no weights for parameter {live.name}")
         parts = [weights.read(name) for name in row.hf]
         try:
-            shard = row.layout.shard(row.layout.join(parts, dims), live.axis, rank, size)
+            shard = row.layout.shard(row.layout.join(parts, dims), live.axis, *live.place)
         except (UserError, RuntimeError) as error:
             raise UserError(_misfit(weights.folder, row, parts, str(error))) from None
-        if shard.shape != live.parameter.shape:
-            expected = f"it makes a parameter of {tuple(live.parameter.shape)}"
+        if shard.shape != live.tensor.shape:
+            expected = f"it makes a parameter of {tuple(live.tensor.shape)}"
             raise UserError(_misfit(weights.folder, row, parts, expected))
-        live.parameter.copy_(shard)
+        live.tensor.copy_(shard)
         filled.add(row.mcore)
-    _check_filled(set(plan), filled)
+    _check_filled(plan, filled)
 
 
 def _misfit(folder: Path, row: Row, parts: list[torch.Tensor], reason: str) -> str:
@@ -55,10 +53,10 @@ def _misfit(folder: Path, row: Row, parts: list[torch.Tensor], reason: str) -> s
     return f"{folder}: {shapes}: the shape does not fit config.json ({reason}): make the two agree"
 
 
-def _check_filled(wanted: set[str], filled: set[str]) -> None:
-    """All stages together must have taken every row."""
-    group = mpu.get_pipeline_model_parallel_group()
-    stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(stages, filled, group=group)
-    if left := wanted - set().union(*stages):
+def _check_filled(plan: dict[str, Row], filled: set[str]) -> None:
+    """All ranks together must have taken every row."""
+    device = torch.cuda.current_device()
+    taken = torch.tensor([name in filled for name in plan], dtype=torch.uint8, device=device)
+    torch.distributed.all_reduce(taken, op=torch.distributed.ReduceOp.MAX)
+    if left := {name for name, one in zip(plan, taken.tolist(), strict=True) if not one}:
         raise UserError(f"no parameter took the weights of {listed(left)}")

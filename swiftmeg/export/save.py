@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import mpu
 
 from swiftmeg.export.load import OUTPUT
-from swiftmeg.export.shards import (
-    LiveWeight,
-    gather_shards,
-    holds_first_copy,
-    is_writer,
-    live_weights,
-)
-from swiftmeg.export.weights import INDEX, assign_files, write_files
+from swiftmeg.export.owners import Share, shares
+from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
+from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
 
@@ -47,6 +41,7 @@ def copy_model_files(
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
         config["rope_theta"] = rope["rope_theta"]
         config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+    config.pop("quantization_config", None)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -65,53 +60,97 @@ def save_hf(
 ) -> None:
     """Write the model's weights as `dtype` safetensors into `folder`, files of `source` beside.
 
-    Every pipeline stage writes its own shards at the same time. Collective: all ranks call it.
-    Vocabulary padding and copies (tied heads, data-parallel replicas) are left out.
+    Every rank writes a share of its own at the same time, one tensor in memory. Collective: all
+    ranks call it. Vocabulary padding and copies (tied heads, data-parallel replicas) are left out.
+    The folder appears under its name when it is complete.
     """
     plan = {each.mcore: each for each in family.plan(config)}
     weights = [live for live in live_weights(models) if live.name != OUTPUT or OUTPUT in plan]
-    writer = is_writer()
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        copy_model_files(source, folder, dtype, overrides or {})
+    first = torch.distributed.get_rank() == 0
+    unfinished = folder.parent / f".{folder.name}.unfinished"
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        copy_model_files(source, unfinished, dtype, overrides or {})
     torch.distributed.barrier()
-    if holds_first_copy():
-        sizes = [
-            (name, shape.numel() * dtype.itemsize)
-            for live in weights
-            for name, shape in _hf_shapes(live, plan[live.name], dims)
-        ]
-        stages: list[Any] = [None] * mpu.get_pipeline_model_parallel_world_size()
-        group = mpu.get_pipeline_model_parallel_group()
-        torch.distributed.all_gather_object(stages, sizes, group=group)
-        files, index = assign_files(stages, max_shard_bytes)
-        tensors = _hf_tensors(weights, plan, dims, dtype)
-        if writer:
-            write_files(folder, files[mpu.get_pipeline_model_parallel_rank()], tensors)
-        else:
-            for _ in tensors:  # take part in the gathers
-                pass
-        if torch.distributed.get_rank() == 0 and len(set(index["weight_map"].values())) > 1:
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    try:
+        index = _write_share(weights, unfinished, plan, dims, dtype, max_shard_bytes)
+        torch.distributed.barrier()
+        if first:
+            if len(set(index["weight_map"].values())) > 1:
+                (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            take_place(unfinished, folder)
+    except BaseException:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     torch.distributed.barrier()
 
 
-def _hf_shapes(live: LiveWeight, row: Row, dims: Dims) -> list[tuple[str, torch.Size]]:
-    """HF names and shapes of a parameter, found by moving meta tensors through its layout."""
-    size = mpu.get_tensor_model_parallel_world_size() if live.axis is not None else 1
-    shards = [torch.empty_like(live.parameter, device="meta") for _ in range(size)]
+def _write_share(
+    weights: list[LiveWeight],
+    folder: Path,
+    plan: dict[str, Row],
+    dims: Dims,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    """Write this rank's files; returns the index over the files of all ranks."""
+    mine = shares(weights)
+    infos = [
+        info
+        for live, share in zip(weights, mine, strict=True)
+        if share.writes
+        for info in _hf_tensors_of(live, plan[live.name], dims, dtype)
+    ]
+    writers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(writers, infos)
+    files, index = assign_files(writers, max_shard_bytes)
+    tensors = _hf_tensors(weights, mine, plan, dims, dtype)
+    write_files(folder, files[torch.distributed.get_rank()], tensors)
+    return index
+
+
+def take_place(unfinished: Path, folder: Path) -> None:
+    """Give a complete folder its name; what had the name goes away only then."""
+    previous = folder.parent / f".{folder.name}.previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    unfinished.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _dtype(row: Row, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if row.fp32 else dtype
+
+
+def _hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) -> list[TensorInfo]:
+    """The HF tensors of a weight, found by moving meta tensors through its layout."""
+    size = live.place[1] if live.axis is not None else 1
+    shards = [torch.empty_like(live.tensor, device="meta") for _ in range(size)]
     parts = row.layout.split(row.layout.unshard(shards, live.axis), dims)
-    return [(name, part.shape) for name, part in zip(row.hf, parts, strict=True)]
+    return [
+        TensorInfo(name, tuple(part.shape), _dtype(row, dtype))
+        for name, part in zip(row.hf, parts, strict=True)
+    ]
 
 
 def _hf_tensors(
-    weights: list[LiveWeight], plan: dict[str, Row], dims: Dims, dtype: torch.dtype
+    weights: list[LiveWeight],
+    mine: list[Share],
+    plan: dict[str, Row],
+    dims: Dims,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Full HF tensors on writers, nothing on their tensor-parallel peers."""
-    for live in weights:
-        shards = gather_shards(live.parameter, live.axis)
-        if not shards:
+    """The full HF tensors that this rank writes; it takes part in gathering those of its peers."""
+    for live, share in zip(weights, mine, strict=True):
+        if not share.gathers:
+            continue
+        shards = gather_shards(live, share.place)
+        if not share.writes:
             continue
         row = plan[live.name]
         parts = row.layout.split(row.layout.unshard(shards, live.axis), dims)
-        yield from ((name, part.to(dtype)) for name, part in zip(row.hf, parts, strict=True))
+        for name, part in zip(row.hf, parts, strict=True):
+            yield name, part.to(_dtype(row, dtype))

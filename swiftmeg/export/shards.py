@@ -1,4 +1,4 @@
-"""The live parameters of this rank, under the names and the cuts that weight rows speak of."""
+"""The live weights of this rank, under the names and the cuts that weight rows speak of."""
 
 import re
 from collections.abc import Iterator
@@ -12,62 +12,77 @@ from megatron.core.utils import unwrap_model
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_q_up_proj.layer_norm_weight": "self_attention.q_layernorm.weight",
+    "self_attention.linear_kv_up_proj.layer_norm_weight": "self_attention.kv_layernorm.weight",
 }
 """Where TransformerEngine keeps a norm inside a linear layer -> the norm's own name."""
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
+
+_BUFFERS = ("router.expert_bias",)
+"""Buffers, by suffix, that a checkpoint holds like weights."""
 
 
 @dataclass(frozen=True)
 class LiveWeight:
-    """One parameter of this rank: its layout-independent name and the axis that TP cuts."""
+    """One weight of this rank: its layout-independent name and how the layout cuts it."""
 
     name: str
-    parameter: torch.nn.Parameter
+    tensor: torch.Tensor
     axis: int | None
+    """The axis that tensor parallelism cuts; None where every rank holds all of it."""
+    routed: bool = False
+    """A routed expert's: cut over the expert-tensor-parallel group, not the tensor-parallel one."""
+
+    @property
+    def group(self) -> torch.distributed.ProcessGroup:
+        """The ranks whose shards make the whole."""
+        if self.routed:
+            return mpu.get_expert_tensor_parallel_group()
+        return mpu.get_tensor_model_parallel_group()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank's number in `group`, and the group's size."""
+        return self.group.rank(), self.group.size()
 
 
 def live_weights(models: list[Any]) -> Iterator[LiveWeight]:
-    """Every parameter of this rank's model chunks, in the order of the layers."""
+    """Every weight of this rank's model chunks, in the order of the layers."""
     for chunk in unwrap_model(models):
-        for name, parameter in chunk.named_parameters():
-            cut = getattr(parameter, "tensor_model_parallel", False)
-            axis = parameter.partition_dim if cut else None
-            yield LiveWeight(_global_name(chunk, name), parameter, axis)
+        buffers = [pair for pair in chunk.named_buffers() if pair[0].endswith(_BUFFERS)]
+        for name, tensor in (*chunk.named_parameters(), *buffers):
+            cut = getattr(tensor, "tensor_model_parallel", False)
+            axis = tensor.partition_dim if cut else None
+            yield LiveWeight(_global_name(chunk, name), tensor, axis, bool(_EXPERT.fullmatch(name)))
 
 
 def _global_name(chunk: Any, name: str) -> str:
-    """Replace the layer's place on this stage by its place in the model."""
+    """Replace the numbers of layers and experts on this rank by those in the model."""
 
     def number(match: re.Match[str]) -> str:
         layer = chunk.decoder.layers[int(match[1])]
         return f"decoder.layers.{layer.layer_number - 1}."
 
     name = re.sub(r"^decoder\.layers\.(\d+)\.", number, name)
+    if match := _EXPERT.fullmatch(name):
+        here = chunk.config.num_moe_experts // mpu.get_expert_model_parallel_world_size()
+        first = here * mpu.get_expert_model_parallel_rank()
+        return f"{match[1]}{first + int(match[2])}"
     for fused, plain in _FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name
 
 
-def is_writer() -> bool:
-    """True on the one rank of each pipeline stage that puts tensors together and writes them."""
-    return mpu.get_tensor_model_parallel_rank() == 0 and holds_first_copy()
+def gather_shards(live: LiveWeight, receiver: int) -> list[torch.Tensor]:
+    """Collect a weight's shards on the group's rank `receiver`, on the CPU; others get none.
 
-
-def holds_first_copy() -> bool:
-    """True on the ranks of the first data-parallel replica."""
-    return mpu.get_data_parallel_rank(with_context_parallel=True) == 0
-
-
-def gather_shards(parameter: torch.Tensor, axis: int | None) -> list[torch.Tensor]:
-    """Collect a parameter's tensor-parallel shards on the group's first rank, on the CPU.
-
-    Other ranks get an empty list. Replicated parameters (`axis` None) travel nowhere.
+    Replicated weights (`axis` None) travel nowhere.
     """
-    group = mpu.get_tensor_model_parallel_group()
-    size = mpu.get_tensor_model_parallel_world_size()
-    first = mpu.get_tensor_model_parallel_rank() == 0
-    tensor = parameter.detach()
-    if axis is None or size == 1:
-        return [tensor.cpu()] if first else []
-    shards = [torch.empty_like(tensor) for _ in range(size)] if first else None
-    torch.distributed.gather(tensor.contiguous(), shards, group=group, group_dst=0)
+    rank, size = live.place
+    tensor = live.tensor.detach()
+    if live.axis is None or size == 1:
+        return [tensor.cpu()] if rank == receiver else []
+    shards = [torch.empty_like(tensor) for _ in range(size)] if rank == receiver else None
+    torch.distributed.gather(tensor.contiguous(), shards, group=live.group, group_dst=receiver)
     return [shard.cpu() for shard in shards] if shards else []

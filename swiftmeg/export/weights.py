@@ -1,19 +1,15 @@
-"""The safetensors files of a Hugging Face folder: read one tensor at a time, write in shards."""
+"""The safetensors files of a Hugging Face folder, read one tensor at a time."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from swiftmeg.errors import UserError
+from swiftmeg.export.writer import INDEX
 from swiftmeg.models.family import Family, HFConfig, Row
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 class HFWeights:
@@ -98,50 +94,3 @@ def check_names(family: Family, config: HFConfig, weights: HFWeights) -> list[Ro
             f"{listed(unknown)}"
         )
     return plan
-
-
-def assign_files(
-    stages: list[list[tuple[str, int]]], max_shard_bytes: int
-) -> tuple[list[list[tuple[str, list[str]]]], dict[str, Any]]:
-    """Decide which file every tensor goes to when several writers write side by side.
-
-    `stages` holds, per writer, (tensor name, bytes) in writing order. Returns per writer its
-    files as (file name, tensor names), and the content of the index.
-    """
-    groups: list[tuple[int, list[str]]] = []
-    for writer, tensors in enumerate(stages):
-        names: list[str] = []
-        filled = 0
-        for name, size in tensors:
-            if names and filled + size > max_shard_bytes:
-                groups.append((writer, names))
-                names, filled = [], 0
-            names.append(name)
-            filled += size
-        if names:
-            groups.append((writer, names))
-    total = len(groups)
-    plans: list[list[tuple[str, list[str]]]] = [[] for _ in stages]
-    weight_map: dict[str, str] = {}
-    for number, (writer, names) in enumerate(groups, 1):
-        file = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-        plans[writer].append((file, names))
-        weight_map.update(dict.fromkeys(names, file))
-    size = sum(size for tensors in stages for _, size in tensors)
-    return plans, {"metadata": {"total_size": size}, "weight_map": weight_map}
-
-
-def write_files(
-    folder: Path,
-    plan: list[tuple[str, list[str]]],
-    tensors: Iterator[tuple[str, torch.Tensor]],
-) -> None:
-    """Write `tensors`, which come in the order of `plan`, holding one file's worth at a time."""
-    for file, names in plan:
-        content: dict[str, torch.Tensor] = {}
-        for expected in names:
-            name, tensor = next(tensors)
-            assert name == expected, f"{name} came where {expected} was planned"
-            content[name] = tensor.contiguous()
-        save_file(content, folder / file, metadata={"format": "pt"})
-    assert next(tensors, None) is None, "a tensor came that no file was planned for"

@@ -1,18 +1,19 @@
 """What a model family is: Megatron arguments from config.json, and weight rows used both ways.
 
 A row states one fact, "these HF tensors are that Megatron parameter in this layout", and serves
-loading and saving alike. Parameter names are Megatron's own with global layer numbers, in the
-spelling of unfused layers: norms are `input_layernorm` and `pre_mlp_layernorm` also where
-TransformerEngine keeps them inside the following linear.
+loading and saving alike. Parameter names are Megatron's own with global layer and expert numbers,
+in the spelling of unfused layers: norms are `input_layernorm` and `pre_mlp_layernorm` also where
+TransformerEngine keeps them inside the following linear; experts are `linear_fc1.weight{e}`.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from swiftmeg.errors import UserError
-from swiftmeg.models.layout import COPY, GATE_UP, QKV, VOCABULARY, Layout
+from swiftmeg.models.layout import COPY, Layout
 
 HFConfig = dict[str, Any]
 """A checkpoint's config.json."""
@@ -20,45 +21,45 @@ HFConfig = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """HF tensors `hf` are Megatron parameter `mcore`, joined by `layout`; `{i}`: a layer number."""
+    """HF tensors `hf` are Megatron parameter `mcore`, joined by `layout`.
+
+    `{i}` stands for a layer number, `{e}` for an expert's, and `{n}` in HF names for the layer
+    number that follows the decoder's layers (multi-token prediction).
+    """
 
     mcore: str
     hf: tuple[str, ...]
     layout: Layout = COPY
+    fp32: bool = False
+    """The HF tensor is float32 whatever the dtype of the others."""
 
-    def at(self, layer: int) -> "Row":
-        """The row of one layer."""
-        return Row(
-            self.mcore.replace("{i}", str(layer)),
-            tuple(name.replace("{i}", str(layer)) for name in self.hf),
-            self.layout,
+    def at(self, **numbers: int) -> "Row":
+        """The row with its placeholders filled: `at(i=3, e=7)`."""
+
+        def fill(name: str) -> str:
+            for letter, number in numbers.items():
+                name = name.replace("{" + letter + "}", str(number))
+            return name
+
+        return dataclasses.replace(
+            self, mcore=fill(self.mcore), hf=tuple(fill(name) for name in self.hf)
         )
 
 
-def row(mcore: str, *hf: str, layout: Layout = COPY) -> Row:
+def row(mcore: str, *hf: str, layout: Layout = COPY, fp32: bool = False) -> Row:
     """Write a row without tuple brackets."""
-    return Row(mcore, hf, layout)
-
-
-_OPTIONAL = {
-    "q_layernorm.weight": "qk_layernorm",
-    "k_layernorm.weight": "qk_layernorm",
-    "linear_qkv.bias": "add_qkv_bias",
-    "linear_proj.bias": "attention_output_bias",
-    "linear_fc1.bias": "mlp_bias",
-    "linear_fc2.bias": "mlp_bias",
-}
-"""Parameters, by suffix, that exist only where the argument is true."""
+    return Row(mcore, hf, layout, fp32)
 
 
 @dataclass(frozen=True)
 class Family:
     """One HF architecture.
 
-    `to_args` maps config.json to Megatron arguments (names as in Megatron's namespace) and to two
-    switches that Megatron lacks: `attention_output_bias` and `mlp_bias`.
+    `to_args` maps config.json to Megatron arguments (names as in Megatron's namespace) and to the
+    switches that Megatron lacks (`MODEL_SWITCHES` of models/arguments.py).
     `rows` lists every weight that a checkpoint of this family can have; rows whose Megatron
-    parameter a configuration does not build (biases, tied heads) are left out by `plan`.
+    parameter a configuration does not build (biases, tied heads, a dense layer's router) are left
+    out by `plan`.
     """
 
     architecture: str
@@ -66,34 +67,92 @@ class Family:
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()
     """Regular expressions of HF buffers that carry no weight."""
+    config_class: str | None = None
+    """transformers' model_type whose config class reads this family's config.json, for families
+    that are published with code of their own."""
+
+    def variant(
+        self,
+        architecture: str,
+        to_args: Callable[[HFConfig], dict[str, Any]],
+        rows: tuple[Row, ...] = (),
+        **changes: Any,
+    ) -> "Family":
+        """A family with this one's rows, of which `rows` replace those of the same parameter."""
+        by_name = {each.mcore: each for each in (*self.rows, *rows)}
+        return dataclasses.replace(
+            self,
+            architecture=architecture,
+            to_args=to_args,
+            rows=tuple(by_name.values()),
+            **changes,
+        )
 
     def plan(self, config: HFConfig) -> list[Row]:
-        """Every weight of a model with this config, layers expanded."""
+        """Every weight of a model with this config, layers and experts expanded."""
         return list(self._expand(config))
 
     def _expand(self, config: HFConfig) -> Iterator[Row]:
         built = self.to_args(config)
+        decoder = built["num_layers"]
         for each in self.rows:
-            if not _is_built(each.mcore, built):
-                continue
-            if "{i}" in each.mcore:
-                yield from (each.at(layer) for layer in range(built["num_layers"]))
+            if "{i}" not in each.mcore:
+                layers = range(1)
+            elif each.mcore.startswith("mtp."):
+                layers = range(built.get("mtp_num_layers") or 0)
             else:
-                yield each
+                layers = range(decoder)
+            experts = range(built.get("num_experts") or 0) if "{e}" in each.mcore else range(1)
+            for layer in layers:
+                if is_built(each.mcore, built, layer):
+                    here = each.at(i=layer, n=decoder + layer)
+                    yield from (here.at(e=expert) for expert in experts)
 
     def is_ignored(self, name: str) -> bool:
         """True for an HF tensor that is known to carry no weight."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
-def _is_built(mcore: str, args: dict[str, Any]) -> bool:
-    """Whether a model with these arguments has parameter `mcore`."""
-    if mcore == "output_layer.weight":
-        return bool(args["untie_embeddings_and_output_weights"])
-    for suffix, switch in _OPTIONAL.items():
-        if mcore.endswith(suffix):
-            return bool(args.get(switch))
+_OPTIONAL: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    (r"output_layer\.weight", lambda a: a["untie_embeddings_and_output_weights"]),
+    (r".*linear_qkv\.weight", lambda a: not a.get("multi_latent_attention")),
+    (r".*linear_qkv\.bias", lambda a: a.get("add_qkv_bias")),
+    (r".*linear_proj\.bias", lambda a: a.get("attention_output_bias")),
+    (r".*(linear_q_proj)\.weight", lambda a: _is_mla(a) and not a.get("q_lora_rank")),
+    (r".*linear_q_(down|up)_proj\.weight", lambda a: _is_mla(a) and a.get("q_lora_rank")),
+    (r".*linear_kv_(down|up)_proj\.weight|.*kv_layernorm\.weight", lambda a: _is_mla(a)),
+    (
+        r".*\.q_layernorm\.weight",
+        lambda a: a.get("q_lora_rank") if _is_mla(a) else a.get("qk_layernorm"),
+    ),
+    (r".*\.k_layernorm\.weight", lambda a: not _is_mla(a) and a.get("qk_layernorm")),
+    (r".*shared_experts\.gate_weight", lambda a: a.get("moe_shared_expert_gate")),
+    (r".*shared_experts\..*", lambda a: a.get("moe_shared_expert_intermediate_size")),
+    (r".*router\.expert_bias", lambda a: a.get("moe_router_enable_expert_bias")),
+    (r".*linear_fc[12]\.bias", lambda a: a.get("mlp_bias")),
+)
+"""Which parameters, by name, exist only under which arguments; the first match decides."""
+
+
+def _is_mla(args: dict[str, Any]) -> bool:
+    return bool(args.get("multi_latent_attention"))
+
+
+def is_built(mcore: str, args: dict[str, Any], layer: int) -> bool:
+    """Whether a model with these arguments has parameter `mcore` in layer `layer`."""
+    if ".mlp." in mcore and _is_expert_layer(mcore, args, layer) == (".mlp.linear_fc" in mcore):
+        return False
+    for pattern, exists in _OPTIONAL:
+        if re.fullmatch(pattern, mcore):
+            return bool(exists(args))
     return True
+
+
+def _is_expert_layer(mcore: str, args: dict[str, Any], layer: int) -> bool:
+    """Whether the layer has experts; a prediction layer is like the last of the decoder."""
+    if not args.get("num_experts"):
+        return False
+    return bool(args["moe_layer_freq"][-1 if mcore.startswith("mtp.") else layer])
 
 
 @dataclass
@@ -117,97 +176,3 @@ class _Registry:
 
 
 REGISTRY = _Registry()
-
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-"""Scalings of RoPE that are supported."""
-
-
-def rope_theta(config: HFConfig) -> float:
-    """RoPE's base from `rope_theta` or, as transformers 5 writes it, `rope_parameters`."""
-    nested = config.get("rope_parameters") or {}
-    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def rope_type(config: HFConfig) -> str:
-    """RoPE's scaling; UserError if it is not supported."""
-    kind = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise UserError(
-            f"config.json: rope_type {kind!r} is not supported; {', '.join(ROPE_TYPES)} are: "
-            "use another model"
-        )
-    return str(kind)
-
-
-def dense_args(config: HFConfig) -> dict[str, Any]:
-    """Megatron arguments that all pre-norm RMSNorm + SwiGLU decoders share.
-
-    UserError for a config that the layers cannot express.
-    """
-    rope_type(config)
-    heads = config["num_attention_heads"]
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"config.json: hidden_act={config['hidden_act']!r} is not supported (silu is): "
-            "use another model"
-        )
-    return {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
-        "max_position_embeddings": config["max_position_embeddings"],
-        "vocab_size": config["vocab_size"],
-        "norm_epsilon": config["rms_norm_eps"],
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "rotary_base": rope_theta(config),
-        "attention_dropout": config.get("attention_dropout", 0.0),
-    }
-
-
-ATTENTION = "decoder.layers.{i}.self_attention."
-MLP = "decoder.layers.{i}.mlp."
-HF_LAYER = "model.layers.{i}."
-HF_ATTENTION = HF_LAYER + "self_attn."
-
-DENSE_ROWS = (
-    row("embedding.word_embeddings.weight", "model.embed_tokens.weight", layout=VOCABULARY),
-    row("decoder.layers.{i}.input_layernorm.weight", HF_LAYER + "input_layernorm.weight"),
-    row(
-        ATTENTION + "linear_qkv.weight",
-        *(HF_ATTENTION + f"{x}_proj.weight" for x in "qkv"),
-        layout=QKV,
-    ),
-    row(
-        ATTENTION + "linear_qkv.bias",
-        *(HF_ATTENTION + f"{x}_proj.bias" for x in "qkv"),
-        layout=QKV,
-    ),
-    row(ATTENTION + "q_layernorm.weight", HF_ATTENTION + "q_norm.weight"),
-    row(ATTENTION + "k_layernorm.weight", HF_ATTENTION + "k_norm.weight"),
-    row(ATTENTION + "linear_proj.weight", HF_ATTENTION + "o_proj.weight"),
-    row(ATTENTION + "linear_proj.bias", HF_ATTENTION + "o_proj.bias"),
-    row(
-        "decoder.layers.{i}.pre_mlp_layernorm.weight", HF_LAYER + "post_attention_layernorm.weight"
-    ),
-    row(
-        MLP + "linear_fc1.weight",
-        HF_LAYER + "mlp.gate_proj.weight",
-        HF_LAYER + "mlp.up_proj.weight",
-        layout=GATE_UP,
-    ),
-    row(
-        MLP + "linear_fc1.bias",
-        HF_LAYER + "mlp.gate_proj.bias",
-        HF_LAYER + "mlp.up_proj.bias",
-        layout=GATE_UP,
-    ),
-    row(MLP + "linear_fc2.weight", HF_LAYER + "mlp.down_proj.weight"),
-    row(MLP + "linear_fc2.bias", HF_LAYER + "mlp.down_proj.bias"),
-    row("decoder.final_layernorm.weight", "model.norm.weight"),
-    row("output_layer.weight", "lm_head.weight", layout=VOCABULARY),
-)
-"""Rows of the Llama-like decoders that transformers writes."""

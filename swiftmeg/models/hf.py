@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftmeg.errors import UserError
-from swiftmeg.models import llama, qwen2, qwen3  # noqa: F401  (importing a family registers it)
+from swiftmeg.models import families  # noqa: F401  (registers them)
 from swiftmeg.models.family import REGISTRY, Family, HFConfig
 
 

@@ -11,12 +11,12 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from swiftmeg.models import family
+from swiftmeg.models import arguments
 
 
 def rope_type(hf_config: Any) -> str:
     """The scaling that a transformers config asks for; UserError if it is not supported."""
-    return family.rope_type(hf_config.to_dict())
+    return arguments.rope_type(hf_config.to_dict())
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):

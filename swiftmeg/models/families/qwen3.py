@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from swiftmeg.models.family import DENSE_ROWS, REGISTRY, Family, HFConfig, dense_args
-from swiftmeg.models.qwen2 import refuse_sliding_window
+from swiftmeg.models.arguments import dense_args
+from swiftmeg.models.families.qwen2 import QWEN2, refuse_sliding_window
+from swiftmeg.models.family import REGISTRY, HFConfig
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:
@@ -17,4 +18,4 @@ def to_args(config: HFConfig) -> dict[str, Any]:
     }
 
 
-QWEN3 = REGISTRY.add(Family("Qwen3ForCausalLM", to_args, DENSE_ROWS))
+QWEN3 = REGISTRY.add(QWEN2.variant("Qwen3ForCausalLM", to_args))

@@ -3,7 +3,9 @@
 from typing import Any
 
 from swiftmeg.errors import UserError
-from swiftmeg.models.family import DENSE_ROWS, REGISTRY, Family, HFConfig, dense_args
+from swiftmeg.models.arguments import dense_args
+from swiftmeg.models.families.llama import LLAMA
+from swiftmeg.models.family import REGISTRY, HFConfig
 
 
 def refuse_sliding_window(config: HFConfig) -> None:
@@ -21,4 +23,4 @@ def to_args(config: HFConfig) -> dict[str, Any]:
     return dense_args(config) | {"add_qkv_bias": True}
 
 
-QWEN2 = REGISTRY.add(Family("Qwen2ForCausalLM", to_args, DENSE_ROWS))
+QWEN2 = REGISTRY.add(LLAMA.variant("Qwen2ForCausalLM", to_args))

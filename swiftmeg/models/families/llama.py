@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from swiftmeg.models.family import DENSE_ROWS, REGISTRY, Family, HFConfig, dense_args
+from swiftmeg.models.arguments import dense_args
+from swiftmeg.models.family import REGISTRY, Family, HFConfig
+from swiftmeg.models.rows import DENSE_ROWS
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:
@@ -20,6 +22,6 @@ LLAMA = REGISTRY.add(
         "LlamaForCausalLM",
         to_args,
         DENSE_ROWS,
-        ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        ignored=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     )
 )

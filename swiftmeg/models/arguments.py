@@ -1,0 +1,154 @@
+"""Megatron arguments that families share, from config.json.
+
+Every function raises UserError, naming the key, for what the layers cannot express.
+"""
+
+from typing import Any
+
+from swiftmeg.errors import UserError
+from swiftmeg.models.family import HFConfig
+
+MODEL_SWITCHES = ("attention_output_bias", "mlp_bias")
+"""What families say and Megatron has no argument for."""
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+"""Scalings of RoPE that are supported."""
+
+
+def refuse(key: str, value: Any, accepted: str) -> UserError:
+    """The error for a value of config.json that no layer can compute."""
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return UserError(
+        f"config.json: {key}={shown} is not supported ({accepted} is): use another model"
+    )
+
+
+def rope_theta(config: HFConfig) -> float:
+    """RoPE's base from `rope_theta` or, as transformers 5 writes it, `rope_parameters`."""
+    nested = config.get("rope_parameters") or {}
+    return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def rope_type(config: HFConfig) -> str:
+    """RoPE's scaling; UserError if it is not supported."""
+    kind = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise UserError(
+            f"config.json: rope_type {kind!r} is not supported; {', '.join(ROPE_TYPES)} are: "
+            "use another model"
+        )
+    return str(kind)
+
+
+def rotary_percent(config: HFConfig) -> float:
+    """The share of a head that RoPE turns."""
+    nested = config.get("rope_parameters") or {}
+    return float(nested.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+
+
+def dense_args(config: HFConfig) -> dict[str, Any]:
+    """What all pre-norm RMSNorm + SwiGLU decoders share."""
+    rope_type(config)
+    heads = config["num_attention_heads"]
+    if config.get("hidden_act", "silu") != "silu":
+        raise refuse("hidden_act", config["hidden_act"], "silu")
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "max_position_embeddings": config["max_position_embeddings"],
+        "vocab_size": config["vocab_size"],
+        "norm_epsilon": config["rms_norm_eps"],
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "rotary_base": rope_theta(config),
+        "attention_dropout": config.get("attention_dropout") or 0.0,
+    }
+
+
+def softmax_router_args(config: HFConfig, topk: int) -> dict[str, Any]:
+    """Softmax over all experts; `norm_topk_prob` lets the chosen ones sum to one.
+
+    The latter equals a softmax over the chosen logits, which is how Megatron computes it.
+    """
+    return {
+        "moe_router_score_function": "softmax",
+        "moe_router_topk": topk,
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+    }
+
+
+def sigmoid_router_args(config: HFConfig, topk: int) -> dict[str, Any]:
+    """DeepSeek-V3's router (arXiv:2412.19437): sigmoid scores, a bias that only chooses."""
+    if not config.get("norm_topk_prob", True):
+        raise refuse("norm_topk_prob", False, "true with a sigmoid router")
+    if topk == 1:
+        raise refuse("num_experts_per_tok", 1, "2 or more with a sigmoid router")
+    scaling = config.get("routed_scaling_factor") or 1.0
+    return {
+        "moe_router_score_function": "sigmoid",
+        "moe_router_topk": topk,
+        "moe_router_enable_expert_bias": True,
+        "moe_router_topk_scaling_factor": scaling if scaling != 1.0 else None,
+        **_group_args(config, topk),
+    }
+
+
+def _group_args(config: HFConfig, topk: int) -> dict[str, Any]:
+    """Choice within the best groups of experts, each scored by its two best experts."""
+    groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
+    if groups == chosen:
+        return {}
+    if topk // chosen != 2:
+        raise refuse("topk_group", chosen, f"num_experts_per_tok // 2, {topk // 2},")
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+
+def expert_args(
+    config: HFConfig, count: int, layers: list[int], shared: int | None = None
+) -> dict[str, Any]:
+    """`count` routed experts in the layers that are 1 in `layers`; shared ones of size `shared`."""
+    return {
+        "num_experts": count,
+        "moe_layer_freq": layers,
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_shared_expert_intermediate_size": shared or None,
+    }
+
+
+def dense_then_experts(config: HFConfig) -> list[int]:
+    """DeepSeek's pattern: `first_k_dense_replace` dense layers, then every `moe_layer_freq`-th."""
+    first = config.get("first_k_dense_replace") or 0
+    every = config.get("moe_layer_freq") or 1
+    layers = range(config["num_hidden_layers"])
+    return [int(i >= first and i % every == 0) for i in layers]
+
+
+def latent_attention_args(config: HFConfig) -> dict[str, Any]:
+    """Multi-head latent attention (arXiv:2405.04434), with yarn's factor on the softmax."""
+    if config.get("attention_bias"):
+        raise refuse("attention_bias", True, "false with latent attention")
+    if config.get("rope_interleave", True) is False:
+        raise refuse("rope_interleave", False, "true")
+    heads = config["num_attention_heads"]
+    if (config.get("num_key_value_heads") or heads) != heads:
+        raise refuse("num_key_value_heads", config["num_key_value_heads"], f"{heads}")
+    rope = config.get("rope_parameters") or {}
+    scaled = rope_type(config) != "default"
+    return {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,
+        "num_query_groups": heads,
+        "kv_channels": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "q_lora_rank": config.get("q_lora_rank"),
+        "kv_lora_rank": config["kv_lora_rank"],
+        "qk_head_dim": config["qk_nope_head_dim"],
+        "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
+        "v_head_dim": config["v_head_dim"],
+        # Megatron's factor on the softmax is the square of 0.1 * mscale_all_dim * ln(factor) + 1.
+        "rope_type": "rope",
+        "rotary_scaling_factor": float(rope.get("factor") or 1.0) if scaled else 1.0,
+        "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0) if scaled else 0.0,
+    }
