@@ -27,6 +27,7 @@ def apply() -> None:
     arguments._print_args = lambda title, args: None
     # Print a block of estimates at each early log line; the lines state the peak. Can go likewise.
     training.report_theoretical_memory = training.report_memory = lambda *args, **kwargs: None
+    _train_bias_of_frozen_weight()
     _resume_torch_adam()
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
@@ -41,6 +42,46 @@ def apply() -> None:
         # Warms up kernels of torch's compiler, which is off without CUDA, on buffers of
         # seq_length x ffn_hidden_size. Can go when it asks whether there is a compiler.
         training.set_jit_fusion_options = lambda *args, **kwargs: None
+
+
+def _train_bias_of_frozen_weight() -> None:
+    """Give the bias of a column-parallel layer its gradient where the layer's weight is frozen.
+
+    Megatron's function for frozen weights adds the bias and returns no gradient for it. Can go when
+    LinearWithFrozenWeight.backward() does.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    linear = _original(layers, "linear_with_frozen_weight")
+
+    def linear_with_frozen_weight(
+        input: Any, weight: Any, bias: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if bias is None or not bias.requires_grad:
+            return linear(input, weight, bias, *args, **kwargs)
+        return linear(input, weight, None, *args, **kwargs) + bias
+
+    linear_with_frozen_weight._original = linear  # type: ignore[attr-defined]
+    layers.linear_with_frozen_weight = linear_with_frozen_weight
+
+
+def store_layers_by_number() -> None:
+    """Give every layer entries of its own in checkpoints that are written from now on.
+
+    Megatron stores a parameter of all layers as one entry with an axis of layers, which cannot be
+    written where only some layers have it: an optimizer's state of a model that is frozen in part.
+    How a checkpoint was written stands in it and decides how it is read. Can go when upstream drops
+    the axis, as a comment in TransformerBlock.sharded_state_dict() announces.
+    """
+    from megatron.training import checkpointing
+
+    build = _original(checkpointing, "_build_sharded_state_dict_metadata")
+
+    def metadata(*args: Any, **kwargs: Any) -> Any:
+        return {**build(*args, **kwargs), "non_homogeneous_layers": True}
+
+    metadata._original = build  # type: ignore[attr-defined]
+    checkpointing._build_sharded_state_dict_metadata = metadata
 
 
 def _resume_torch_adam() -> None:

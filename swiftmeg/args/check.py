@@ -1,6 +1,7 @@
 """Checks of argument combinations, made before anything heavy is imported or started."""
 
 import importlib.util
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,7 @@ def check_training(args: Any, model: HFModel) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
+    _check_freezing(args)
     _check_recompute(args)
     _check_optimizer(args)
     if args.tp_comm_overlap:
@@ -180,6 +182,33 @@ def check_training(args: Any, model: HFModel) -> None:
         raise UserError("--fp16 true and --bf16 true exclude each other: drop one")
     if args.fp16 and not platform.has_cuda():
         raise UserError("fp16 training needs a GPU: pass --torch_dtype float32 or bfloat16")
+
+
+def _check_freezing(args: Any) -> None:
+    ratio = args.freeze_parameters_ratio
+    if not 0 <= ratio < 1:
+        raise UserError(f"--freeze_parameters_ratio {ratio}: must be from 0 to below 1")
+    for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if ratio and (size := getattr(args, name)) > 1:
+            raise UserError(
+                f"--freeze_parameters_ratio {ratio} needs the whole model on every rank, but "
+                f"--{name} is {size}: name the parameters by --freeze_parameters"
+            )
+    if not args.freezes and (args.trainable_parameters or args.trainable_parameters_regex):
+        raise UserError(
+            "--trainable_parameters excepts parameters from freezing, and nothing is frozen: set "
+            "--freeze_parameters, --freeze_parameters_regex or --freeze_parameters_ratio"
+        )
+    for name in ("freeze_parameters_regex", "trainable_parameters_regex"):
+        check_regex(name, getattr(args, name))
+
+
+def check_regex(name: str, pattern: str | None) -> None:
+    """UserError unless `pattern`, the value of flag `name`, is a regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise UserError(f"--{name} {pattern}: not a regular expression ({error})") from None
 
 
 def _check_recompute(args: Any) -> None:

@@ -17,6 +17,7 @@ from swiftmeg.args.planned import (
     PlannedLayoutArguments,
     PlannedModelArguments,
 )
+from swiftmeg.args.tuner import FreezingArguments
 
 
 @dataclass
@@ -27,6 +28,7 @@ class SftArguments(
     DataArguments,
     LoopArguments,
     MegatronArguments,
+    FreezingArguments,
     OverrideArguments,
     ShapeArguments,
     PlannedArguments,

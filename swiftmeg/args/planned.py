@@ -42,22 +42,6 @@ class LoraArguments(PlannedFlags):
 
 
 @dataclass
-class FreezingArguments(PlannedFlags):
-    """Freezing of parameters"""
-
-    freeze_parameters: list[str] = field(default_factory=list)
-    """Prefixes of the parameters that stay as they are."""
-    freeze_parameters_regex: str | None = None
-    """Regular expression of the parameters that stay as they are."""
-    freeze_parameters_ratio: float = 0.0
-    """Share of the parameters, from the first, that stay as they are."""
-    trainable_parameters: list[str] = field(default_factory=list)
-    """Prefixes of parameters that are trained although frozen otherwise."""
-    trainable_parameters_regex: str | None = None
-    """Regular expression of parameters that are trained although frozen otherwise."""
-
-
-@dataclass
 class PreferenceArguments(PlannedFlags):
     """Preference training (megatron rlhf)"""
 
@@ -252,7 +236,6 @@ class PlannedModelArguments(PlannedFlags):
 @dataclass
 class PlannedArguments(
     LoraArguments,
-    FreezingArguments,
     PreferenceArguments,
     MoeArguments,
     MlaArguments,

@@ -74,6 +74,12 @@ def _global_name(chunk: Any, name: str) -> str:
     return name
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """A weight's name, and the one that it has inside TransformerEngine's fused layers."""
+    fused = (name.replace(plain, inside) for inside, plain in _FUSED_NORMS.items() if plain in name)
+    return (name, *fused)
+
+
 def gather_shards(live: LiveWeight, receiver: int) -> list[torch.Tensor]:
     """Collect a weight's shards on the group's rank `receiver`, on the CPU; others get none.
 

@@ -77,6 +77,7 @@ def _run_loop(run: Run) -> None:
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
     from swiftmeg.trainers.namespace import training_namespace
     from swiftmeg.trainers.sft import make_forward_step
+    from swiftmeg.tuners.freezing import freeze
 
     upstream.apply()
     args, model = run.args, run.model
@@ -91,6 +92,9 @@ def _run_loop(run: Run) -> None:
             return models
 
         hooks.append(load)
+    if args.freezes:
+        upstream.store_layers_by_number()
+        hooks.append(lambda models: freeze(models, args))
     container = pretrain_cfg_container_from_args(
         megatron, model_config(megatron, model.hf_config, pre_wrap_hooks=hooks)
     )

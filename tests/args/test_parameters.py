@@ -351,6 +351,13 @@ MEGATRON: dict[str, Row] = {
     "fp16": Refused(True, "fp16 training needs a GPU"),
     "bf16": Sets(True, "bf16"),
     "attention_softmax_in_fp32": Sets(False, "attention_softmax_in_fp32"),
+    **{
+        name: ShownBy("tests/tuners/test_freezing.py", f'"{name}"')
+        for name in (
+            "freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio",
+            "trainable_parameters", "trainable_parameters_regex",
+        )
+    },
 }  # fmt: skip
 
 PLANNED: dict[str, Row] = {
@@ -364,11 +371,6 @@ PLANNED: dict[str, Row] = {
     "lora_dropout": Refused(0.1, "LoRA is not supported yet"),
     "lora_bias": Refused("all", "LoRA is not supported yet"),
     "use_rslora": Refused(True, "--use_rslora true: LoRA is not supported yet"),
-    "freeze_parameters": Refused(["x"], "Freezing of parameters is not supported yet"),
-    "freeze_parameters_regex": Refused("x", "Freezing of parameters is not"),
-    "freeze_parameters_ratio": Refused(0.5, "Freezing of parameters is not"),
-    "trainable_parameters": Refused(["x"], "Freezing of parameters is not"),
-    "trainable_parameters_regex": Refused("x", "Freezing of parameters is not"),
     "rlhf_type": Refused("dpo", "--rlhf_type dpo: there is no megatron rlhf yet"),
     "loss_type": Refused("hinge", "--loss_type hinge: .*start with sigmoid alone"),
     **{

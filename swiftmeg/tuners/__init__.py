@@ -1,0 +1,1 @@
+"""What is trained: every weight, some of them, or adapters beside them."""
