@@ -1,12 +1,23 @@
 """Every patch of Megatron, each with its reason and the condition under which it can go."""
 
+import contextlib
+import ctypes
+import io
+import multiprocessing
 import queue
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from swiftmeg import platform
+from swiftmeg.checkpoint import TRACKER, write_tracker
+
+_PR_SET_PDEATHSIG = 1
 
 
 def apply() -> None:
@@ -28,6 +39,7 @@ def apply() -> None:
     # Print a block of estimates at each early log line; the lines state the peak. Can go likewise.
     training.report_theoretical_memory = training.report_memory = lambda *args, **kwargs: None
     _train_bias_of_frozen_weight()
+    _replace_tracker_in_one_step()
     _resume_torch_adam()
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
@@ -187,18 +199,83 @@ def on_evaluation(observer: Callable[[int, dict[str, float]], None]) -> None:
     training.evaluate_and_print_results = reporting
 
 
-def after_save(observer: Callable[[int, Any], None]) -> None:
-    """Call `observer(iteration, model)` after every checkpoint, on every rank.
+def _replace_tracker_in_one_step() -> None:
+    """Let save_checkpoint() replace the tracker instead of emptying it and writing it anew.
 
-    Can go when save_checkpoint() gets a callback.
+    A process killed between the two leaves an empty file. Can go when upstream renames.
     """
-    from megatron.training import training
+    from megatron.core import msc_utils
+    from megatron.training import checkpointing
+
+    checkpointing.maybe_msc = _Storage(msc_utils.maybe_msc)
+
+
+def write_in_background() -> None:
+    """Give asynchronous saves a queue that their processes can reach, in one that ends with us.
+
+    Megatron's own manager outlives a rank that is killed. Can go when it does not.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_die_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+    filesystem_async._results_queue.manager = manager  # collected, it would end the process
+
+
+def _die_with_parent() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole group, it is the rank's to obey
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _Storage:
+    """Megatron's file access, with trackers written by `swiftmeg.checkpoint`."""
+
+    on_complete: Callable[[int], None] | None = None
+    """Called with every iteration that is complete, on the rank that writes the tracker."""
+
+    def __init__(self, storage: Any) -> None:
+        self._storage = storage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def open(self, path: str, mode: str = "r") -> Any:
+        if mode == "w" and Path(path).name == TRACKER:
+            return self._tracker(Path(path).parent)
+        return self._storage.open(path, mode)
+
+    @contextlib.contextmanager
+    def _tracker(self, folder: Path) -> Iterator[Any]:
+        text = io.StringIO()
+        yield text
+        word = text.getvalue()
+        write_tracker(folder, word)
+        if self.on_complete is not None and word.isdecimal():
+            self.on_complete(int(word))
+
+
+def on_save(
+    before: Callable[[int], None],
+    complete: Callable[[int], None],
+    after: Callable[[int, Any], None] | None = None,
+) -> None:
+    """Observe checkpoints: `before(iteration)` and `after(iteration, model)` on every rank.
+
+    `complete(iteration)` comes on the first rank alone, when nothing is left to write; with
+    --async_save that is some steps later. Can go when save_checkpoint() gets callbacks.
+    """
+    from megatron.training import checkpointing, training
 
     original = _original(training, "save_checkpoint")
+    checkpointing.maybe_msc.on_complete = complete
 
     def save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+        before(iteration)
         result = original(iteration, model, *args, **kwargs)
-        observer(iteration, model)
+        if after is not None:
+            after(iteration, model)
         return result
 
     save_checkpoint._original = original  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ def fork_context() -> Any:
     return context
 
 
-def _rank_main(
+def rank_main(
     pipe: Connection, rank: int, world: int, port: int, function: Callable[..., Any], args: Any
 ) -> None:
     os.environ.update(
@@ -64,7 +64,7 @@ def run_ranks(
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(
-            target=_rank_main, args=(theirs, rank, world, port, function, args), daemon=False
+            target=rank_main, args=(theirs, rank, world, port, function, args), daemon=False
         )
         process.start()
         theirs.close()

@@ -8,58 +8,9 @@ from typing import Any
 
 from swiftmeg import platform
 from swiftmeg.args.resolve import read_args_file, world_size
+from swiftmeg.checkpoint import find_start, is_empty
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
-
-TRACKER = "latest_checkpointed_iteration.txt"
-
-
-def check_checkpoint(flag: str, folder: str) -> Path:
-    """The folder of a Megatron checkpoint; UserError unless it holds the iteration it names."""
-    path = Path(folder).expanduser().resolve()
-    if not path.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        if path.name.startswith("iter_"):
-            raise UserError(f"{flag} {folder}: give its parent folder, {path.parent}")
-        raise UserError(f"{flag} {folder}: not a Megatron checkpoint, {TRACKER} is missing")
-    remedy = f"write the number of a complete iter_* folder into {tracker}"
-    word = tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        raise UserError(f"{flag} {folder}: {TRACKER} says {word!r}, which is no number: {remedy}")
-    iteration = path / read_iteration(path)
-    if not (iteration / "metadata.json").is_file():
-        raise UserError(
-            f"{flag} {folder}: {TRACKER} names {iteration.name}, which is missing or incomplete: "
-            f"{remedy}"
-        )
-    try:
-        _check_shards(iteration)
-    except UserError as error:
-        raise UserError(f"{flag} {folder}: {error}: copy it again, or {remedy}") from None
-    return path
-
-
-def _check_shards(iteration: Path) -> None:
-    """UserError unless every file that the checkpoint's index lists is there, whole."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    try:
-        index = FileSystemReader(iteration).read_metadata()
-    except Exception as error:  # a damaged pickle raises errors of many kinds
-        raise UserError(f"{iteration / '.metadata'} cannot be read ({error!r})") from None
-    ends: dict[str, int] = {}
-    for entry in index.storage_data.values():
-        file = entry.relative_path
-        ends[file] = max(ends.get(file, 0), entry.offset + entry.length)
-    for file, end in sorted(ends.items()):
-        path = iteration / file
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        if path.stat().st_size < end:
-            size = path.stat().st_size
-            raise UserError(f"{path} is cut short: it has {size} of {end} bytes")
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -142,7 +93,15 @@ def check_training(args: Any, model: HFModel) -> None:
         )
     if args.max_epochs is None and args.train_iters is None:
         raise UserError("--max_epochs or --train_iters is needed: set one")
-    for name in ("max_epochs", "train_iters", "save_interval", "log_interval", "max_length"):
+    for name in (
+        "max_epochs",
+        "train_iters",
+        "save_interval",
+        "save_total_limit",
+        "ckpt_step",
+        "log_interval",
+        "max_length",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -254,14 +213,18 @@ def _need_transformer_engine(flag: str) -> None:
         raise UserError(f"{flag} needs a GPU: drop it")
 
 
-def checkpoint_defaults(args: Any, sources: dict[str, str]) -> None:
+def checkpoint_defaults(args: Any, sources: dict[str, str]) -> str | None:
     """Check --load, and switch off loading of what the checkpoint does not hold.
 
-    A checkpoint of `swift export` holds weights only, so training starts at step 0 from it.
+    A checkpoint of `swift export` holds weights only, so training starts at step 0 from it. Returns
+    a note where another iteration than the latest is loaded.
     """
     if args.load is None:
-        return
-    path = check_checkpoint("--load", args.load)
+        return None
+    if not args.exit_on_missing_checkpoint and is_empty(args.load):
+        empty, args.load = args.load, None
+        return f"--load {empty}: no checkpoint yet: starting from --model"
+    path, args.ckpt_step, note = find_start("--load", args.load, args.ckpt_step)
     args.load = str(path)
     saved = read_args_file(path)
     absent = {
@@ -273,9 +236,4 @@ def checkpoint_defaults(args: Any, sources: dict[str, str]) -> None:
         if missing and not getattr(args, name):
             setattr(args, name, True)
             sources[name] = "the checkpoint holds no more"
-
-
-def read_iteration(folder: Path) -> str:
-    """The name of the checkpoint's latest iteration folder."""
-    word = (folder / TRACKER).read_text(errors="replace").strip()
-    return word if word == "release" else f"iter_{int(word):07d}"
+    return note

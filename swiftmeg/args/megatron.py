@@ -86,7 +86,7 @@ class TrainingArguments(MegatronFlags):
     exit_duration_in_mins: int | None = None
     """Save and end after this many minutes."""
     exit_signal_handler: bool = False
-    """Save and end on SIGTERM."""
+    """On SIGTERM finish the step, save and end; after ten minutes ranks are killed."""
 
 
 @dataclass
@@ -131,8 +131,12 @@ class CheckpointArguments(MegatronFlags):
     """Output root. None: megatron_output/{model name}."""
     save_interval: int = 500
     """Steps between checkpoints; the last step is always saved."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
     load: str | None = None
     """Megatron checkpoint to start from: the folder that holds iter_*."""
+    ckpt_step: int | None = None
+    """Iteration of --load to start from. None: the latest."""
     finetune: bool = False
     """Load the weights only and start at step 0; false continues where the checkpoint stopped."""
     no_save_optim: bool = False
@@ -148,7 +152,7 @@ class CheckpointArguments(MegatronFlags):
     auto_detect_ckpt_format: bool = True
     """Find the format of the checkpoint that --load names."""
     exit_on_missing_checkpoint: bool = True
-    """End if --load holds no checkpoint; without it training would start from random weights."""
+    """End if --load holds no checkpoint; false starts from --model then."""
     no_initialization: bool = False
     """Do not fill weights with random numbers before they are loaded."""
 
@@ -257,6 +261,8 @@ class LoopArguments:
     """Leave the learning rate out of TensorBoard."""
     add_version: bool = True
     """Write to a new `vN-time` folder inside --save."""
+    save_total_limit: int | None = None
+    """Checkpoints to keep; older ones are deleted when a new one is complete. None: all."""
     save_safetensors: bool = False
     """Write a Hugging Face folder, `iter_N-hf`, beside every checkpoint."""
     extra_megatron_kwargs: dict[str, object] = field(default_factory=dict)

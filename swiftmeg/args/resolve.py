@@ -54,8 +54,10 @@ def write_args_file(folder: Path, args: Any, sources: dict[str, str]) -> None:
         for name, value in dataclasses.asdict(args).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ARGS_FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    (folder / SOURCES_FILE).write_text(json.dumps(sources, indent=2) + "\n")
+    for name, content in ((ARGS_FILE, values), (SOURCES_FILE, sources)):
+        part = folder / f".{name}.part"
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        part.replace(folder / name)  # a killed process leaves no half of it
 
 
 def describe(args: Any, sources: dict[str, str]) -> str:

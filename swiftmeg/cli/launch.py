@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 GRACE_AFTER_FAILURE = 5
 """Seconds between SIGTERM and SIGKILL for the other ranks when one has failed."""
 
-GRACE_AFTER_SIGNAL = 30
-"""Seconds between the signal that the launcher received and SIGKILL: time to save a checkpoint."""
+GRACE_AFTER_SIGNAL = 600
+"""Seconds between the signal that the launcher received and SIGKILL: time to save a checkpoint.
+
+Ranks end at once unless --exit_signal_handler makes them finish the step and save."""
 
 POLL_INTERVAL = 0.1
 """Seconds between two looks at the ranks."""

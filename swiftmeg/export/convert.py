@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from swiftmeg import distributed, platform
-from swiftmeg.args.check import check_checkpoint, check_layout, check_writable
+from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
+from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
 
@@ -60,7 +61,13 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     args.model, args.output_dir = str(model.folder), str(target)
     platform.prepare()
     from swiftmeg.export.load import load_hf
-    from swiftmeg.export.model import build_model, check_same_model, load_mcore, save_mcore
+    from swiftmeg.export.model import (
+        build_model,
+        check_same_model,
+        load_mcore,
+        save_mcore,
+        saved_arguments,
+    )
     from swiftmeg.export.precision import compare_logits
     from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
@@ -75,7 +82,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if args.to_mcore:
         load_hf(models, model.folder, model.family, model.config, dims)
     else:
-        check_same_model(megatron, model, "--mcore_model", Path(args.mcore_model))
+        folder = Path(args.mcore_model)
+        check_same_model(megatron, saved_arguments(folder), model, "--mcore_model", folder)
         load_mcore(models, args.mcore_model)
     try:
         if first:

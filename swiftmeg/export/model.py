@@ -11,8 +11,8 @@ from megatron.training import checkpointing
 from megatron.training.initialize import initialize_megatron
 
 from swiftmeg import platform, upstream
-from swiftmeg.args.check import read_iteration
 from swiftmeg.args.parse import layout_attributes, megatron_namespace, model_flags
+from swiftmeg.checkpoint import folder_name, read_iteration
 from swiftmeg.errors import UserError
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel
@@ -84,11 +84,16 @@ def _attributes(args: Any, model: HFModel) -> dict[str, Any]:
     return layout_attributes(built, vocabulary, "native")
 
 
+def saved_arguments(folder: Path, step: int | None = None) -> Any:
+    """Megatron's namespace of the run that wrote iteration `step`, or the latest, of `folder`."""
+    name = read_iteration(folder) if step is None else folder_name(step)
+    return load_common_state_dict(folder / name).get("args")
+
+
 def check_same_model(
-    namespace: argparse.Namespace, model: HFModel, flag: str, folder: Path
+    namespace: argparse.Namespace, saved: Any, model: HFModel, flag: str, folder: Path
 ) -> None:
-    """UserError unless the checkpoint `folder`, named by `flag`, is of a model like this one."""
-    saved = load_common_state_dict(folder / read_iteration(folder)).get("args")
+    """UserError unless `saved`, from the checkpoint that `flag` names, is of a model like this."""
     was, now = [], []
     for name in _SHAPES:
         value, wanted = getattr(saved, name, None), getattr(namespace, name)

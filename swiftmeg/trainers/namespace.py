@@ -40,6 +40,11 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         # A resumed run may be longer than the one that was saved: this run's flags decide.
         "override_opt_param_scheduler": True,
         "dist_ckpt_optim_fully_reshardable": True,
+        # Random states of every data-parallel rank in checkpoints, and dropout of its own on each.
+        "data_parallel_random_init": True,
+        # Megatron's own writer: the other needs a package of its own.
+        "async_strategy": "mcore",
+        "use_persistent_ckpt_worker": args.async_save and platform.has_cuda(),
         "distributed_backend": args.distributed_backend or platform.backend(),
         "no_rope_fusion": _no_rope_fusion(args, backend, model),
         "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
@@ -51,7 +56,11 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         model.megatron_args["vocab_size"], args.tensor_model_parallel_size
     )
     attributes = layout_attributes(model.megatron_args, vocabulary, backend)
-    return megatron_namespace(flags, args.extra_megatron_kwargs, attributes)
+    namespace = megatron_namespace(flags, args.extra_megatron_kwargs, attributes)
+    # Megatron switches it off without a worker of its own, which takes tensors over shared memory:
+    # on CPUs training would change them while they are written. There a forked process writes.
+    namespace.async_save = args.async_save
+    return namespace
 
 
 def _logging_level(name: str | None) -> int | None:

@@ -13,6 +13,7 @@ from swiftmeg.args.check import check_training, check_writable, checkpoint_defau
 from swiftmeg.args.resolve import describe, write_args_file
 from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
+from swiftmeg.trainers.checkpoints import CheckpointFolder, keep_random_state, settle_start
 from swiftmeg.trainers.data import TrainingData, prepare_data
 
 
@@ -33,7 +34,7 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     Everything that can be wrong with the input is found, and the data are tokenised, before
     Megatron is imported and before any process group exists.
     """
-    checkpoint_defaults(args, sources)
+    note = checkpoint_defaults(args, sources)
     check_training(args, model)
     check_writable("--save", _save_root(args, model))
     if args.load is None:
@@ -41,6 +42,7 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     data = prepare_data(args, model.tokenizer())
     platform.prepare()
     distributed.initialize(args.distributed_timeout_minutes)
+    settle_start(args, note)
     folder = next_version(_save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():
@@ -72,7 +74,7 @@ def _run_loop(run: Run) -> None:
 
     from swiftmeg import upstream
     from swiftmeg.export.load import load_hf
-    from swiftmeg.export.model import check_same_model
+    from swiftmeg.export.model import check_same_model, saved_arguments
     from swiftmeg.models.build import dims_of, model_config
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
     from swiftmeg.trainers.namespace import training_namespace
@@ -84,7 +86,9 @@ def _run_loop(run: Run) -> None:
     megatron = training_namespace(args, model, run.data)
     hooks: list[Callable[[list[Any]], list[Any]]] = []
     if args.load is not None:
-        check_same_model(megatron, model, "--load", Path(args.load))
+        saved = saved_arguments(Path(args.load), args.ckpt_step)
+        check_same_model(megatron, saved, model, "--load", Path(args.load))
+        keep_random_state(megatron, saved)
     else:
 
         def load(models: list[Any]) -> list[Any]:
@@ -104,8 +108,11 @@ def _run_loop(run: Run) -> None:
     log = RunLog(run.folder, megatron, counter)
     upstream.on_training_log(log.observe, log.print_line)
     upstream.on_evaluation(log.observe_evaluation)
-    if args.save_safetensors:
-        upstream.after_save(_hf_writer(run, megatron))
+    folder = CheckpointFolder(run.folder, args.save_total_limit)
+    write_hf = _hf_writer(run, folder, megatron) if args.save_safetensors else None
+    if args.async_save:
+        upstream.write_in_background()
+    upstream.on_save(folder.before, folder.complete, write_hf)
     pretrain(
         container,
         _begin_with(run, megatron),
@@ -169,7 +176,7 @@ def _close_tensorboard() -> None:
         writer.close()
 
 
-def _hf_writer(run: Run, megatron: Any) -> Callable[[int, Any], None]:
+def _hf_writer(run: Run, folder: CheckpointFolder, megatron: Any) -> Callable[[int, Any], None]:
     """Write `iter_N-hf` beside each checkpoint."""
     from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
@@ -177,7 +184,7 @@ def _hf_writer(run: Run, megatron: Any) -> Callable[[int, Any], None]:
     def write(iteration: int, models: Any) -> None:
         save_hf(
             models,
-            run.folder / f"iter_{iteration:07d}-hf",
+            folder.hf_folder(iteration),
             run.model.folder,
             run.model.family,
             run.model.config,

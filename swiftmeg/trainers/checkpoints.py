@@ -1,0 +1,84 @@
+"""A run's checkpoints: which one it starts from, what is removed before and after a save."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftmeg import checkpoint, distributed
+from swiftmeg.checkpoint import folder_name
+
+
+def settle_start(args: Any, note: str | None) -> None:
+    """Check the content of the checkpoint that --load names, or find an older one; collective.
+
+    Each rank reads its share of the files. `note` says what was found before there were ranks;
+    the first rank prints it, and what is found now.
+    """
+    if args.load is not None:
+        folder = Path(args.load)
+        while fault := _damage(folder, args.ckpt_step):
+            broken = args.ckpt_step or _tracked(folder)
+            args.ckpt_step, note = checkpoint.fall_back("--load", folder, broken, fault)
+    if note and distributed.on_rank_zero():
+        print(f"warning: {note}", flush=True)
+
+
+def _tracked(folder: Path) -> int | None:
+    word = (folder / checkpoint.TRACKER).read_text().strip()
+    return int(word) if word.isdecimal() else None
+
+
+def _damage(folder: Path, step: int | None) -> str | None:
+    """The first fault that any rank finds in an iteration."""
+    name = checkpoint.read_iteration(folder) if step is None else folder_name(step)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    faults: list[str | None] = [None] * world
+    torch.distributed.all_gather_object(faults, checkpoint.damaged(folder / name, rank, world))
+    return next((fault for fault in faults if fault), None)
+
+
+def keep_random_state(megatron: Any, saved: Any) -> None:
+    """Do not load random states of another number of data-parallel ranks: seed anew, and say so.
+
+    They are saved for every data-parallel rank, whose dropout must differ and whose draws depend on
+    the lengths of the rows that it gets.
+    """
+    per_rank = getattr(saved, "data_parallel_random_init", False)
+    ranks = getattr(saved, "data_parallel_size", 1) if per_rank else 1
+    if megatron.no_load_rng or megatron.finetune or ranks == megatron.data_parallel_size:
+        return
+    megatron.no_load_rng = True
+    if distributed.on_rank_zero():
+        print(
+            f"the checkpoint holds random states of {ranks} data-parallel ranks, and these are "
+            f"{megatron.data_parallel_size}: they start from --seed",
+            flush=True,
+        )
+
+
+class CheckpointFolder:
+    """The folder that a run saves to."""
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self.folder = folder
+        self.limit = limit
+
+    def before(self, iteration: int) -> None:
+        """Make room for `iteration`; on every rank."""
+        if distributed.on_rank_zero():
+            checkpoint.make_room(self.folder, iteration)
+        distributed.barrier()
+
+    def complete(self, iteration: int) -> None:
+        """Delete what --save_total_limit leaves no room for; on the first rank."""
+        if self.limit is None:
+            return
+        for old in checkpoint.surplus(self.folder, iteration, self.limit):
+            checkpoint.remove(self.folder / folder_name(old))
+            shutil.rmtree(self.hf_folder(old), ignore_errors=True)
+
+    def hf_folder(self, iteration: int) -> Path:
+        """Where the Hugging Face form of `iteration` goes."""
+        return self.folder / f"{folder_name(iteration)}-hf"
