@@ -114,17 +114,18 @@ def find_start(flag: str, folder: str, step: int | None) -> tuple[Path, int | No
     path, fault, tracked = examine(flag, folder, step)
     if fault is None:
         return path, step, None
-    return path, *fall_back(flag, path, tracked, fault, asked=step is not None)
+    return path, *fall_back(flag, folder, tracked, fault, asked=step is not None)
 
 
 def fall_back(
-    flag: str, path: Path, broken: int | None, fault: str, *, asked: bool = False
+    flag: str, folder: str, broken: int | None, fault: str, *, asked: bool = False
 ) -> tuple[int, str]:
     """The whole iteration before `broken` and a note; UserError if there is none or it is asked."""
+    path = Path(folder).expanduser().resolve()
     number = None if asked else latest_whole(path, broken)
     if number is None:
-        raise UserError(f"{flag} {path}: {fault}: {_remedy(path)}")
-    return number, f"{flag} {path}: {fault}: continuing from {folder_name(number)} instead"
+        raise UserError(f"{flag} {folder}: {fault}: {_remedy(path)}")
+    return number, f"{flag} {folder}: {fault}: continuing from {folder_name(number)} instead"
 
 
 def examine(flag: str, folder: str, step: int | None = None) -> tuple[Path, str | None, int | None]:

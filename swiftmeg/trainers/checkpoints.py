@@ -20,7 +20,7 @@ def settle_start(args: Any, note: str | None) -> None:
         folder = Path(args.load)
         while fault := _damage(folder, args.ckpt_step):
             broken = args.ckpt_step or _tracked(folder)
-            args.ckpt_step, note = checkpoint.fall_back("--load", folder, broken, fault)
+            args.ckpt_step, note = checkpoint.fall_back("--load", args.load, broken, fault)
     if note and distributed.on_rank_zero():
         print(f"warning: {note}", flush=True)
 

@@ -316,6 +316,7 @@ def make_checkpoints(work: Path) -> None:
 
     for name, text in (("iter-missing", "7"), ("tracker-text", "last")):
         (copied(name) / "latest_checkpointed_iteration.txt").write_text(text)
+        (work / name / "iter_0000001" / "metadata.json").unlink()  # else a run would start from it
     cut(copied("args-cut") / "args.json")
     (shard,) = (work / "ckpt" / "iter_0000001").glob("*.distcp")
     place = shard.relative_to(work / "ckpt")
