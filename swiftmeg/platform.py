@@ -136,6 +136,27 @@ def _patch_torch() -> None:
     torch._dynamo.config.disable = True
 
 
+def _patch_distributed() -> None:
+    """Gloo takes split sizes as lists of int alone; Megatron's dispatcher hands on arrays."""
+    original = torch.distributed.all_to_all_single
+
+    def plain(sizes: Any) -> list[int] | None:
+        return None if sizes is None else [int(size) for size in sizes]
+
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        splits = plain(output_split_sizes), plain(input_split_sizes)
+        return original(output, input, *splits, *args, **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
 def _patch_megatron() -> None:
     from megatron.core.tensor_parallel import random
 
@@ -157,5 +178,6 @@ def prepare() -> None:
     import torch._dynamo  # noqa: F401  (its config is set below)
 
     _patch_torch()
+    _patch_distributed()
     _CudaMeansCpu().__enter__()
     _patch_megatron()

@@ -42,12 +42,14 @@ def check_layout(args: Any, model: HFModel) -> int:
             f"--pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} "
             "processes (NPROC_PER_NODE x NNODES) or lower the sizes"
         )
+    _check_experts(args, built, world)
     heads, groups = built["num_attention_heads"], built["num_query_groups"]
     if heads % tp:
         raise UserError(_cannot_split("num_attention_heads", heads, tp))
     if groups % tp and tp % groups:
         raise UserError(_cannot_split("num_key_value_heads", groups, tp))
-    if built["ffn_hidden_size"] % tp:
+    has_mlp = built.get("num_experts") is None or "0" in str(built.get("moe_layer_freq", 1))
+    if has_mlp and built["ffn_hidden_size"] % tp:
         raise UserError(_cannot_split("intermediate_size", built["ffn_hidden_size"], tp))
     layers = built["num_layers"]
     first = getattr(args, "decoder_first_pipeline_num_layers", None)
@@ -66,6 +68,40 @@ def check_layout(args: Any, model: HFModel) -> int:
             "--decoder_last_pipeline_num_layers so that the rest divides"
         )
     return world // (tp * pp)
+
+
+def _check_experts(args: Any, built: dict[str, Any], world: int) -> None:
+    """UserError unless the experts can be split as the arguments say."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
+    experts = built.get("num_experts")
+    for name, value in (("expert_model_parallel_size", ep), ("expert_tensor_parallel_size", etp)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+        if value is not None and value > 1 and experts is None:
+            raise UserError(f"--{name} {value}: the model has no experts: drop it")
+    if experts is None:
+        return
+    etp = etp or tp
+    if experts % ep:
+        raise UserError(
+            f"--expert_model_parallel_size {ep} does not divide the model's {experts} experts: "
+            "use a divisor"
+        )
+    for name, flag, size in (
+        ("moe_ffn_hidden_size", "expert_tensor_parallel_size", etp),
+        ("moe_shared_expert_intermediate_size", "tensor_model_parallel_size", tp),
+    ):
+        if (built.get(name) or 0) % size:
+            raise UserError(
+                f"--{flag} {size} does not divide the model's {name}={built[name]}: use a divisor"
+            )
+    if world % (ep * etp * pp):
+        raise UserError(
+            f"{world} processes cannot be split into --expert_model_parallel_size {ep} x "
+            f"--expert_tensor_parallel_size {etp} x --pipeline_model_parallel_size {pp} = "
+            f"{ep * etp * pp}: start a multiple of {ep * etp * pp} processes or lower the sizes"
+        )
 
 
 def _cannot_split(name: str, value: int, tp: int) -> str:

@@ -11,6 +11,7 @@ from swiftmeg.args.model import (
     PromptArguments,
     TemplateArguments,
 )
+from swiftmeg.args.moe import ExpertParallelArguments
 from swiftmeg.args.planned import (
     MoeArguments,
     PlannedArguments,
@@ -28,6 +29,7 @@ class SftArguments(
     DataArguments,
     LoopArguments,
     MegatronArguments,
+    ExpertParallelArguments,
     FreezingArguments,
     OverrideArguments,
     ShapeArguments,
@@ -81,6 +83,7 @@ class ExportArguments(
     PluginArguments,
     PromptArguments,
     ConversionArguments,
+    ExpertParallelArguments,
     OverrideArguments,
     ShapeArguments,
     MoeArguments,

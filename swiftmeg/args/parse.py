@@ -30,10 +30,11 @@ def model_flags(megatron_args: dict[str, Any]) -> dict[str, Any]:
     """Megatron flags of a model from its family's arguments."""
     flags = {k: v for k, v in megatron_args.items() if k not in (*MODEL_SWITCHES, "vocab_size")}
     flags["rotary_base"] = int(flags["rotary_base"])
-    if "moe_layer_freq" in flags:
-        flags["moe_layer_freq"] = str(flags["moe_layer_freq"])
+    for name, value in flags.items():
+        if name.endswith("_freq") and isinstance(value, list | tuple):
+            flags[name] = f"[{','.join(map(str, value))}]"  # a pattern is one word, not several
     return flags | {
-        "group_query_attention": True,
+        "group_query_attention": not flags.get("multi_latent_attention"),
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
         "swiglu": True,

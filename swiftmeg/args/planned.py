@@ -93,10 +93,6 @@ class MoeArguments(PlannedFlags):
         Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
     ) = None
     """How experts are balanced."""
-    expert_model_parallel_size: int = 1
-    """Ranks that share the experts of a layer."""
-    expert_tensor_parallel_size: int | None = None
-    """Ranks that share every expert."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = "alltoall"
     """How tokens reach their experts."""
     moe_enable_deepep: bool = False
@@ -249,7 +245,6 @@ class PlannedArguments(
 
 OFF: dict[str, tuple[Any, ...]] = {
     "adapter_load": ("",),
-    "expert_tensor_parallel_size": (1,),
     "moe_aux_loss_coeff": (0.0,),
     "moe_layer_freq": ("1",),
     "moe_router_dtype": ("none",),

@@ -3,13 +3,30 @@
 Every function raises UserError, naming the key, for what the layers cannot express.
 """
 
+from dataclasses import dataclass, fields
 from typing import Any
 
 from swiftmeg.errors import UserError
 from swiftmeg.models.family import HFConfig
 
-MODEL_SWITCHES = ("attention_output_bias", "mlp_bias")
-"""What families say and Megatron has no argument for."""
+
+@dataclass(frozen=True)
+class LayerSwitches:
+    """What families say of their layers and Megatron's configuration cannot express."""
+
+    attention_output_bias: bool = False
+    """A bias on the projection after attention."""
+    mlp_bias: bool = False
+    """Biases in the dense MLP."""
+
+    @classmethod
+    def of(cls, args: Any) -> "LayerSwitches":
+        """The switches that are attributes of Megatron's namespace."""
+        return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
+
+
+MODEL_SWITCHES = tuple(each.name for each in fields(LayerSwitches))
+"""Names of the switches, which are attributes of Megatron's namespace, not arguments."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 """Scalings of RoPE that are supported."""

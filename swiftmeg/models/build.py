@@ -1,7 +1,8 @@
 """From Megatron's arguments to the model that its loop builds."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,13 +11,17 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
+from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.layers import block_spec
 from swiftmeg.models.layout import Dims
-from swiftmeg.models.rope import ScaledRotaryEmbedding
+from swiftmeg.models.rope import LatentRotaryEmbedding, ScaledRotaryEmbedding
 
 ModelHook = Callable[[list[GPTModel]], list[GPTModel]]
 
 VOCABULARY_MULTIPLE = 128
+
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
+"""TransformerEngine's grouped linear layers number theirs."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -53,13 +58,8 @@ def model_config(
     """
 
     def spec(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
-        return block_spec(
-            config.transformer,
-            args.layer_backend,
-            vp_stage,
-            attention_output_bias=args.attention_output_bias,
-            mlp_bias=args.mlp_bias,
-        )
+        switches = LayerSwitches.of(args)
+        return block_spec(config.transformer, args.layer_backend, vp_stage, switches)
 
     def finish(models: list[GPTModel]) -> list[GPTModel]:
         for model in models:
@@ -70,6 +70,9 @@ def model_config(
         return models
 
     config = gpt_config_from_args(args)
+    if config.transformer.multi_latent_attention:
+        # The kind that takes a factor on cosine and sine, which is 1 unless the scaling is yarn.
+        config.transformer.rope_type = "yarn"
     config.transformer_layer_spec = spec
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]
     config.post_wrap_hooks = list(post_wrap_hooks or [])
@@ -77,11 +80,25 @@ def model_config(
 
 
 def _use_hf_rope(model: GPTModel, hf_config: Any) -> None:
-    rope = ScaledRotaryEmbedding(hf_config, model.config.kv_channels, model.pg_collection.cp)
+    config, cp_group = model.config, model.pg_collection.cp
+    if config.multi_latent_attention:
+        rope = LatentRotaryEmbedding(hf_config, config.qk_pos_emb_head_dim, cp_group)
+        for layer in _attention_layers(model):
+            layer.self_attention.rotary_pos_emb = rope
+        return
+    dim = int(config.kv_channels * model.rotary_percent)
+    rope = ScaledRotaryEmbedding(hf_config, dim, cp_group, config.rotary_interleaved)
     model.rotary_pos_emb = rope
-    for layer in model.decoder.layers:
+    for layer in _attention_layers(model):
         # Megatron's name for the factor on cosine and sine, whatever the scaling.
         layer.self_attention._yarn_concentration_factor = rope.attention_scaling
+
+
+def _attention_layers(model: GPTModel) -> Iterator[Any]:
+    """Every layer of this chunk, those that predict further tokens included."""
+    yield from model.decoder.layers
+    if model.mtp_process:
+        yield from (layer.mtp_model_layer for layer in model.mtp.layers)
 
 
 def _forbid_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:
@@ -110,10 +127,10 @@ def _leave_out_extra_state(model: GPTModel) -> None:
 
     def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
         entries = complete(*args, **kwargs)
-        return {k: v for k, v in entries.items() if not k.endswith("_extra_state")}
+        return {k: v for k, v in entries.items() if not _EXTRA_STATE.search(k)}
 
     def forgive(module: torch.nn.Module, keys: Any) -> None:
-        keys.missing_keys[:] = [k for k in keys.missing_keys if not k.endswith("_extra_state")]
+        keys.missing_keys[:] = [k for k in keys.missing_keys if not _EXTRA_STATE.search(k)]
 
     model.sharded_state_dict = sharded_state_dict
     model.register_load_state_dict_post_hook(forgive)

@@ -1,13 +1,15 @@
-"""The transformer layer of a model: one spec over either layer backend."""
+"""The transformer layers of a model: one spec over either layer backend."""
 
 import importlib.util
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -15,10 +17,17 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from swiftmeg import platform
 from swiftmeg.errors import UserError
+from swiftmeg.models.arguments import LayerSwitches
+from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
+from swiftmeg.models.moe import MoELayer, Router
 
 
 def choose_backend(transformer_impl: str | None) -> str:
@@ -60,64 +69,126 @@ def _biased(linear: type) -> type:
     return Biased
 
 
+def moe_layers(config: TransformerConfig) -> list[bool]:
+    """For each layer of the model whether it has experts in place of the MLP."""
+    count, pattern = config.num_layers, config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return [False] * count
+    if isinstance(pattern, int):
+        return [layer % pattern == 0 for layer in range(count)]
+    if len(pattern) != count or not set(pattern) <= {0, 1}:
+        raise UserError(
+            f"--moe_layer_freq {pattern}: must be {count} numbers, 1 for a layer with experts and "
+            "0 for one without, or a number N for experts in every Nth layer"
+        )
+    return [bool(entry) for entry in pattern]
+
+
 def block_spec(
     config: TransformerConfig,
     backend: str,
     vp_stage: int | None = None,
-    *,
-    attention_output_bias: bool = False,
-    mlp_bias: bool = False,
+    switches: LayerSwitches | None = None,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm, dense decoder layers throughout."""
-    layer = _layer_spec(config, backend, attention_output_bias, mlp_bias)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    norm = _provider(backend).layer_norm(rms_norm=True, has_residual=False)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+    """The decoder layers of this pipeline stage and the final norm."""
+    switches = switches or LayerSwitches()
+    provider = _provider(backend)
+    kinds = {
+        experts: _layer_spec(config, provider, switches, experts=experts)
+        for experts in set(moe_layers(config))
+    }
+    model = [kinds[experts] for experts in moe_layers(config)]
+    norm = provider.layer_norm(rms_norm=True, has_residual=False)
+    return TransformerBlockSubmodules(
+        layer_specs=[model[number] for number in _numbers_here(config, vp_stage)], layer_norm=norm
+    )
+
+
+def _numbers_here(config: TransformerConfig, vp_stage: int | None) -> list[int]:
+    """The layers of this pipeline stage, counted from 0."""
+    if config.pipeline_model_parallel_layout is not None:
+        layout = config.pipeline_model_parallel_layout
+        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
 
 
 def _layer_spec(
-    config: TransformerConfig, backend: str, attention_output_bias: bool, mlp_bias: bool
+    config: TransformerConfig,
+    provider: BackendSpecProvider,
+    switches: LayerSwitches,
+    *,
+    experts: bool,
 ) -> ModuleSpec:
-    """One dense decoder layer: pre-norm attention and gated MLP.
+    """One decoder layer: pre-norm attention, then a gated MLP or experts.
 
-    Checkpoints of both backends are interchangeable: where norms stand alone, they are stored
-    under the names of TransformerEngine's fused norm-and-linear layers.
+    Checkpoints of both backends are interchangeable: where norms stand alone that
+    TransformerEngine fuses into the linear layer behind them, they are stored under the names of
+    the fused layer.
     """
-    provider = _provider(backend)
-    fused = provider.column_parallel_layer_norm_linear()
-    column = fused or provider.column_parallel_linear()
-    row = provider.row_parallel_linear()
+    fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
-    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
-    mlp = get_mlp_module_spec_for_backend(provider)
-    if mlp_bias:
-        submodules = mlp.keywords["submodules"]
-        submodules.linear_fc1 = _biased(submodules.linear_fc1)
-        submodules.linear_fc2 = _biased(submodules.linear_fc2)
+    latent = config.multi_latent_attention
+    fused_norms = {}
+    if not latent:
+        fused_norms["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+    if not experts:
+        fused_norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else norm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=column,
-                    core_attention=provider.core_attention(),
-                    linear_proj=_biased(row) if attention_output_bias else row,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
+            input_layernorm=IdentityOp if fused and not latent else norm,
+            self_attention=_attention(config, provider, switches),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if fused else norm,
-            mlp=mlp,
+            pre_mlp_layernorm=IdentityOp if fused and not experts else norm,
+            mlp=_experts(config, provider) if experts else _mlp(provider, switches),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={}
-            if fused
-            else {
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-            },
+            sharded_state_dict_keys_map={} if fused else fused_norms,
         ),
     )
+
+
+def _attention(
+    config: TransformerConfig, provider: BackendSpecProvider, switches: LayerSwitches
+) -> ModuleSpec:
+    row = provider.row_parallel_linear()
+    row = _biased(row) if switches.attention_output_bias else row
+    params = {"attn_mask_type": AttnMaskType.causal}
+    if config.multi_latent_attention:
+        return ModuleSpec(
+            module=LatentAttention,
+            params=params,
+            submodules=latent_attention_submodules(provider, row),
+        )
+    fused = provider.column_parallel_layer_norm_linear()
+    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=SelfAttention,
+        params=params,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=fused or provider.column_parallel_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=row,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+
+
+def _mlp(provider: BackendSpecProvider, switches: LayerSwitches) -> Any:
+    mlp = get_mlp_module_spec_for_backend(provider)
+    if switches.mlp_bias:
+        submodules = mlp.keywords["submodules"]
+        submodules.linear_fc1 = _biased(submodules.linear_fc1)
+        submodules.linear_fc2 = _biased(submodules.linear_fc2)
+    return mlp
+
+
+def _experts(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
+    """Router, experts computed together, and shared experts where the model has them."""
+    layer = get_moe_module_spec_for_backend(
+        provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
+    )
+    submodules = layer.keywords["submodules"]
+    submodules.router = Router
+    return partial(MoELayer, submodules=submodules)

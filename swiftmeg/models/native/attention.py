@@ -1,8 +1,4 @@
-"""The native layer backend: torch-only modules where TransformerEngine is missing.
-
-It fills what Megatron's own local modules lack: norms under sequence parallelism, and attention
-over grouped queries and packed (THD) sequences.
-"""
+"""Attention between the projections, of the native backend."""
 
 import math
 from itertools import pairwise
@@ -11,33 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last axis, computed in fp32 (arXiv:1910.07467).
-
-    Under sequence parallelism each rank sees its own positions only; the mark on `weight` makes
-    Megatron sum its gradient over the tensor-parallel group.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(
-            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
-        )
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` of shape [..., hidden_size]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class DotProductAttention(MegatronModule):
@@ -53,9 +28,11 @@ class DotProductAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
-        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -70,10 +47,11 @@ class DotProductAttention(MegatronModule):
     ) -> Tensor:
         """Attend.
 
-        Batches: query [s, b, heads, d], key and value [s, b, groups, d] give [s, b, heads * d];
-        `attention_mask` [b or 1, 1, s, s] is True where attention is forbidden, None means causal.
-        Packed: query [t, heads, d], key and value [t, groups, d] give [t, heads * d]; position i
-        attends to earlier positions of its own segment of `packed_seq_params.cu_seqlens_q`.
+        Batches: query [s, b, heads, d], key [s, b, groups, d] and value [s, b, groups, v] give
+        [s, b, heads * v]; `attention_mask` [b or 1, 1, s, s] is True where attention is forbidden,
+        None means causal. Packed: query [t, heads, d], key [t, groups, d] and value [t, groups, v]
+        give [t, heads * v]; position i attends to earlier positions of its own segment of
+        `packed_seq_params.cu_seqlens_q`.
         """
         repeats = query.shape[-2] // key.shape[-2]
         if repeats > 1:
@@ -123,15 +101,3 @@ class DotProductAttention(MegatronModule):
         # Heads are split over tensor-parallel ranks, so each rank draws masks of its own.
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **options)
-
-
-class NativeSpecProvider(LocalSpecProvider):
-    """Megatron's local linear layers with this module's norm and attention."""
-
-    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False):  # type: ignore[no-untyped-def]
-        """The norm of every position in a layer."""
-        return RMSNorm
-
-    def core_attention(self) -> type:
-        """Attention between the projections."""
-        return DotProductAttention
