@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
@@ -19,7 +20,7 @@ from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise it when the same row would be encoded otherwise than before
+_FORMAT = 2  # raise it when the same row would be encoded otherwise than before
 _CHUNK = 500
 _PROGRESS_SECONDS = 30
 _SCHEMA = pa.schema(
@@ -27,6 +28,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("length", pa.int32()),
+        ("row", pa.int64()),
     ]
 )
 
@@ -41,12 +43,16 @@ def encode_rows(
 ) -> Dataset:
     """Return the memory-mapped dataset of `input_ids`, `labels` and `length` of standard rows.
 
-    Row order is kept. A row that the template cannot use is dropped, counted and reported, or,
-    with `strict`, raises UserError; rows over `max_length` under the strategy `delete` are dropped
-    either way. The result lies in `cache_dir` (default `$SWIFTMEG_CACHE/encoded`) under a hash of
-    the rows and everything in the template that matters; any number of processes may ask for it
-    at the same time, and one of them does the work. Raises UserError if no row is left.
+    Row order is kept, although the rows are read in the order in which they are stored, and those
+    that are there more than once are encoded once. A row that the template cannot use is dropped,
+    counted and reported, or, with `strict`, the first in stored order raises UserError; rows over
+    `max_length` under the strategy `delete` are dropped either way.
+
+    The result lies in `cache_dir` (default `$SWIFTMEG_CACHE/encoded`) under a hash of the rows and
+    everything in the template that matters; any number of processes may ask for it at the same
+    time, and one of them does the work. Raises UserError if no row is left.
     """
+    rows, order = in_stored_order(rows)
     root = Path(cache_dir) if cache_dir else cache_root() / "encoded"
     key = content_key([_FORMAT, rows_fingerprint(rows), template.identity()])
     folder = get_or_build(
@@ -60,7 +66,30 @@ def encode_rows(
     logger.info("%s (%s)", _summary(len(rows), len(encoded), drops, account), folder)
     if len(encoded) == 0:
         raise UserError(f"no row is left after tokenisation: of {len(rows)} rows, {drops}")
-    return encoded
+    return _in_order(encoded, order)
+
+
+def in_stored_order(rows: Dataset) -> tuple[Dataset, np.ndarray[Any, Any] | None]:
+    """Return the distinct rows of a selection in the order in which they are stored.
+
+    With them come, for each row of the selection (int64 [rows]), its place among these; None where
+    the rows are in that order already.
+    """
+    if rows._indices is None:
+        return rows, None
+    stored = rows._indices.column(0).to_numpy()
+    _, first, order = np.unique(stored, return_index=True, return_inverse=True)
+    return rows.select(first, keep_in_memory=True), order
+
+
+def _in_order(encoded: Dataset, order: np.ndarray[Any, Any] | None) -> Dataset:
+    """Put the rows that were kept in `order`, and leave out the column with their places."""
+    kept = encoded.data.column("row").to_numpy()
+    encoded = encoded.remove_columns("row")
+    if order is None:
+        return encoded
+    places = np.minimum(np.searchsorted(kept, order), len(kept) - 1)
+    return encoded.select(places[kept[places] == order], keep_in_memory=True)
 
 
 def rows_fingerprint(rows: Dataset) -> str:
@@ -104,8 +133,8 @@ def _encode_chunk(
     merely too long) and how many assistant turns are context only."""
     drops, bad_rows, before = Drops(), 0, template.context_only_turns
     columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    for index in range(start, min(start + _CHUNK, len(rows))):
-        row = rows[index]
+    stop = min(start + _CHUNK, len(rows))
+    for index, row in enumerate(rows.select(range(start, stop)).to_list(), start):
         origin = row.get("origin") or f"row {index + 1}"
         try:
             encoded = template.encode(row)
@@ -121,6 +150,7 @@ def _encode_chunk(
             columns["input_ids"].append(encoded["input_ids"])
             columns["labels"].append(encoded["labels"])
             columns["length"].append(len(encoded["input_ids"]))
+            columns["row"].append(index)
     batch = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
     return batch, drops, bad_rows, template.context_only_turns - before
 

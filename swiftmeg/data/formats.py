@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg.data.rows import Row, RowError
+from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.errors import UserError
 
 _MESSAGES = ("messages", "conversation", "conversations")
@@ -82,10 +83,11 @@ class Identity:
         return filled
 
 
-def standard_row(row: Mapping[str, Any], chooser: random.Random) -> Row:
+def standard_row(row: Mapping[str, Any], chooser: random.Random, for_training: bool = False) -> Row:
     """Return `row` in standard form, without `origin`; columns that it does not use are left out.
 
-    `chooser` picks one of several responses. Raises RowError for a row that cannot be used.
+    `chooser` picks one of several responses. Raises RowError for a row that cannot be used, which
+    `for_training` includes one that does not end with the assistant's turn.
     """
     for column in _MEDIA:
         if row.get(column):
@@ -98,20 +100,32 @@ def standard_row(row: Mapping[str, Any], chooser: random.Random) -> Row:
     system = _first(row, _SYSTEM)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(system, "system")})
+    if for_training:
+        check_answered(to_chat(messages))
     standard: Row = {"messages": messages}
     if row.get("tools"):
         tools = row["tools"]
         standard["tools"] = _text(tools if isinstance(tools, str) else _json(tools), "tools")
+        parse_tools(standard["tools"])
     if row.get("rejected_response") is not None:
         standard["rejected_response"] = _text(row["rejected_response"], "rejected_response")
     if row.get("rejected_messages") is not None:
         standard["rejected_messages"] = _messages(row["rejected_messages"], "rejected_messages")
-    for column, kinds in (("label", bool), ("channel", str), ("margin", (int, float))):
-        value = row.get(column)
-        # `label` and `channel` are common names: other kinds of them mean something else.
-        if isinstance(value, kinds):
-            standard[column] = float(value) if column == "margin" else value
+    # These are common names: values of other kinds mean something else.
+    if isinstance(row.get("label"), bool):
+        standard["label"] = row["label"]
+    if isinstance(row.get("channel"), str):
+        standard["channel"] = _text(row["channel"], "channel")
+    if isinstance(row.get("margin"), int | float):
+        standard["margin"] = _margin(row["margin"])
     return standard
+
+
+def _margin(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise RowError("margin is too large") from None
 
 
 def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
@@ -153,7 +167,9 @@ def _history(history: Any) -> Sequence[tuple[Any, Any]]:
         history = _parse(history, "history")
     if not history:
         return []
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
         raise RowError("history is not a list of pairs")
     return list(history)
 
@@ -176,17 +192,17 @@ def _message(item: Row) -> list[Row]:
     if "role" not in item and "from" not in item:
         return _pair(item)
     role = _first(item, ("role", "from"))
-    if role not in _ROLES:
-        raise RowError("unknown role", f"{role}; accepted: {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RowError("unknown role", f"{str(role)[:40]}; accepted: {', '.join(_ROLES)}")
     content, calls = _first(item, ("content", "value")), item.get("tool_calls")
     if content is None and not calls:
         raise RowError("a message has no content", f"role {role}")
     messages = []
     if content or not calls:
         messages.append({"role": _ROLES[role], "content": _text(content, "content")})
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise RowError("tool_calls is not a list of objects")
     for call in calls or []:
-        if not isinstance(call, dict):
-            raise RowError("tool_calls is not a list of objects")
         messages.append({"role": "tool_call", "content": _json(call.get("function", call))})
     return messages
 
@@ -209,7 +225,10 @@ def _text(value: Any, what: str) -> str:
         other = [part.get("type") for part in value if part.get("type") != "text"]
         if other:
             raise RowError("content of other kinds than text is not supported", str(other[0]))
-        value = "".join(str(part.get("text", "")) for part in value)
+        parts = [part.get("text", "") for part in value]
+        if not all(isinstance(part, str) for part in parts):
+            raise RowError(f"{what} is not text", "a part has no text")
+        value = "".join(parts)
     if not isinstance(value, str):
         raise RowError(f"{what} is not text", type(value).__name__)
     try:
@@ -227,7 +246,7 @@ def _parse(text: str, column: str) -> Any:
     """Parse a structured value from a CSV cell: JSON, or as Python writes lists and dicts."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass
     try:
         return ast.literal_eval(text)
@@ -236,4 +255,7 @@ def _parse(text: str, column: str) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        raise RowError("nested too deeply") from None

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 
-_FORMAT = 1  # raise it when the same file would give other rows than before
+_FORMAT = 2  # raise it when the same file would give other rows than before
 _CHUNK = 1000
 
 # Temporary folders of rows that must not be taken from the cache; they vanish with the process.
@@ -56,12 +56,14 @@ def load_rows(
     hub_token: str | None = None,
     download_mode: str = "reuse_dataset_if_exists",
     load_from_cache_file: bool = True,
+    for_training: bool = True,
 ) -> tuple[Dataset, Dataset | None]:
     """Return the training rows and, with `split_dataset_ratio`, the validation rows split off.
 
     `specs` follow `[hf::|ms::]id_or_path[:subset1/subset2][#N]`. The columns are those of
     `rows.ROW_SCHEMA`, but for those that no row uses: always `messages` and `origin`. A row that
     cannot be used is dropped and reported in the log, or raises UserError with `strict`.
+    With `for_training` a row must end with the assistant's turn.
     Everything random depends on `data_seed`. Many processes may load the same data at once.
 
     Raises UserError for whatever is wrong with the flags or the data.
@@ -76,6 +78,7 @@ def load_rows(
         hub_token=hub_token,
         download_mode=download_mode,
         cached=load_from_cache_file,
+        for_training=for_training,
     )
     train_parts: list[Dataset] = []
     val_parts: list[Dataset] = []
@@ -118,6 +121,7 @@ class _Options:
     hub_token: str | None
     download_mode: str
     cached: bool
+    for_training: bool
 
 
 def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
@@ -183,6 +187,7 @@ def _load_subset(source: Source, name: str, subset: Subset, options: _Options) -
             columns,
             [options.identity.names, options.identity.authors, options.data_seed],
             Hasher.hash(subset.preprocess),
+            options.for_training,
         ]
     )
 
@@ -226,13 +231,13 @@ def _standardise(
     drops = Drops()
     for file, (number, raw) in chunk:
         origin = f"{file}:{number}"
-        row = rename_columns(parse_raw(file, number, raw), columns)
         try:
+            row = rename_columns(parse_raw(raw), columns)
             if subset.preprocess is not None:
                 row = _preprocess(subset, row)
             row = options.identity.fill(row)
             chooser = random.Random(f"{options.data_seed} {origin}")
-            standard.append({**standard_row(row, chooser), "origin": origin})
+            standard.append({**standard_row(row, chooser, options.for_training), "origin": origin})
         except RowError as error:
             if options.strict:
                 raise UserError(f"--strict true: {origin}: {error}") from None

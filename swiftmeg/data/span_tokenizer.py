@@ -27,6 +27,16 @@ class SpanTokenizer:
             # space from the places, which would move a header's end into the turn behind it.
             fast.post_processor = None
             self._fast = fast
+        self._bytes_per_token = _bytes_per_token(self._fast)
+
+    def at_least(self, text: str) -> int:
+        """Return how many tokens `text` has at the very least, without tokenising it.
+
+        0 for tokenizers of which that cannot be told.
+        """
+        if self._bytes_per_token is None:
+            return 0
+        return -(-len(text.encode("utf-8")) // self._bytes_per_token)
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of `text`; no special token is added."""
@@ -70,3 +80,22 @@ class SpanTokenizer:
             special = self._tokenizer.special_tokens_map
             text = json.dumps([type(self._tokenizer).__name__, vocabulary, str(special)])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _bytes_per_token(fast: Tokenizer | None) -> int | None:
+    """Bytes of the longest token, or None where a token may stand for any number of bytes."""
+    if fast is None:
+        return None
+    parts = json.loads(fast.to_str())
+    steps = parts["pre_tokenizer"] or {}
+    byte_level = any(
+        step["type"] == "ByteLevel" for step in [steps, *steps.get("pretokenizers", [])] if step
+    )
+    swallows = any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"])
+    normalizer = (parts["normalizer"] or {}).get("type")
+    if not byte_level or swallows or normalizer not in (None, "NFC"):
+        return None
+    # Of byte-level vocabularies, each character is a byte; those of added tokens may be more.
+    longest = max(map(len, fast.get_vocab(with_added_tokens=False)), default=1)
+    longest = max([longest, *(len(token["content"].encode()) for token in parts["added_tokens"])])
+    return 4 * longest if normalizer else longest  # NFC makes one character of up to three

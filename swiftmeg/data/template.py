@@ -1,16 +1,14 @@
 """From a conversation to token ids and labels."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from swiftmeg.data.chat_templates import GENERATION, ChatTemplate, find_chat_template
 from swiftmeg.data.rows import Row, RowError, RowTooLong
 from swiftmeg.data.span_tokenizer import SpanTokenizer
+from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.data.turns import Message, Turn, assistant_turns
 from swiftmeg.errors import UserError
 
@@ -98,15 +96,13 @@ class Template:
         strategy is `delete`), and UserError if the template leaves it open which text is the
         assistant's.
         """
-        messages = _to_chat(row["messages"])
-        if not any(message["role"] == "assistant" for message in messages):
-            raise RowError("no assistant turn")
-        if messages[-1]["role"] != "assistant":
-            raise RowError("the last message is not the assistant's", messages[-1]["role"])
+        messages = to_chat(row["messages"])
+        check_answered(messages)
         if self.chat is None:
             text, turns = self._join(messages)
         else:
-            text, turns = self._render(messages, _tools(row.get("tools")))
+            text, turns = self._render(messages, parse_tools(row.get("tools")))
+        self._refuse_far_too_long(text)
         if self.loss_scale == "all":
             spans = [(0, len(text))]
         else:
@@ -129,11 +125,11 @@ class Template:
 
         `response_prefix` is appended. Raises RowError if the template refuses the messages.
         """
-        chat = _to_chat(messages)
+        chat = to_chat(messages)
         if self.chat is None:
             text = self._bos() + "".join(message["content"] for message in chat)
         else:
-            text = self._apply(self._with_system(chat), _tools(tools), True)
+            text = self._apply(self._with_system(chat), parse_tools(tools), True)
         return self._tokens.ids(text + (self.response_prefix or ""))
 
     def _bos(self) -> str:
@@ -153,12 +149,13 @@ class Template:
 
     def _render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
         messages = self._with_system(messages)
-        text, turns = assistant_turns(
-            messages,
-            lambda part, prompt: self._apply(part, tools, prompt),
-            self._end_tokens,
-            last_only=self._last_round,
-        )
+        try:
+            text, turns = self._turns(messages, tools)
+        except UserError as error:
+            # Either the template rewrites every conversation, or this one holds what it takes
+            # for its own markup.
+            self._turns(_plain(messages), tools)
+            raise RowError("its text confuses the chat template", str(error)) from None
         eos = self.tokenizer.eos_token
         if eos and not text.rstrip().endswith(self._end_tokens):
             # The template closes turns by opening the next: without this, nothing would teach
@@ -166,6 +163,14 @@ class Template:
             text += eos
             turns[-1] = Turn(turns[-1].start, len(text))
         return text, turns
+
+    def _turns(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
+        return assistant_turns(
+            messages,
+            lambda part, prompt: self._apply(part, tools, prompt),
+            self._end_tokens,
+            last_only=self._last_round,
+        )
 
     @property
     def _last_round(self) -> bool:
@@ -188,18 +193,32 @@ class Template:
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program, with all that programs raise
             raise RowError("the chat template refuses the messages", str(error)) from None
         return str(text)
+
+    def _refuse_far_too_long(self, text: str) -> None:
+        """Tokenising megabytes, only to drop them, would take seconds a row."""
+        if self.max_length is not None and self.truncation_strategy == "delete":
+            if (tokens := self._tokens.at_least(text)) > self.max_length:
+                raise self._too_long(f"at least {tokens}")
+
+    def _too_long(self, tokens: str) -> RowTooLong:
+        return RowTooLong(f"longer than --max_length {self.max_length}", f"{tokens} tokens")
 
     def _fit(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
         limit = self.max_length
         if limit is None or len(ids) <= limit:
             return ids, mask
         if self.truncation_strategy == "delete":
-            raise RowTooLong(f"longer than --max_length {limit}", f"{len(ids)} tokens")
+            raise self._too_long(str(len(ids)))
         part = slice(-limit, None) if self.truncation_strategy == "left" else slice(limit)
         return ids[part], mask[part]
+
+
+def _plain(messages: list[Message]) -> list[Message]:
+    """The same conversation with texts that no template treats specially."""
+    return [{**message, "content": f"text {k}"} for k, message in enumerate(messages)]
 
 
 def _check_choice(flag: str, value: str, accepted: tuple[str, ...]) -> None:
@@ -259,48 +278,3 @@ def _read_system(system: str | None) -> str | None:
 def _skip_empty_think(text: str, start: int, end: int) -> tuple[int, int]:
     found = _EMPTY_THINK.match(text, start, end)
     return (found.end(), end) if found else (start, end)
-
-
-def _tools(tools: str | list[Any] | None) -> list[Any] | None:
-    """Parse the `tools` column: JSON text of a list of tool schemas."""
-    if not tools:
-        return None
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise RowError("tools is not JSON", str(error)) from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("tools is not a JSON list of objects")
-    return tools
-
-
-def _to_chat(messages: Sequence[Message]) -> list[Message]:
-    """Bring standard messages into the form that chat templates know.
-
-    Consecutive `tool_call` messages (JSON text with name and arguments) become the `tool_calls`
-    of one assistant message, and `tool_response` becomes the role `tool`.
-    """
-    chat: list[Message] = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "tool_call":
-            if not chat or chat[-1]["role"] != "assistant":
-                chat.append({"role": "assistant", "content": ""})
-            chat[-1].setdefault("tool_calls", []).append(_tool_call(content))
-        else:
-            role = "tool" if role == "tool_response" else role
-            chat.append({"role": role, "content": content})
-    return chat
-
-
-def _tool_call(content: str) -> dict[str, Any]:
-    try:
-        call = json.loads(content)
-        arguments = call.get("arguments") or {}
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        function = {"name": call["name"], "arguments": arguments}
-    except (json.JSONDecodeError, KeyError, AttributeError):
-        raise RowError("tool_call is not JSON with name and arguments", content[:80]) from None
-    return {"type": "function", "function": function}

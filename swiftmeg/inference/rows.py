@@ -44,6 +44,7 @@ def read_rows(args: InferArguments) -> list[Row]:
         model_author=args.model_author,
         use_hf=args.use_hf,
         hub_token=args.hub_token,
+        for_training=False,
     )
     wanted = len(rows) if args.val_dataset_sample is None else args.val_dataset_sample
     return list(rows.select(range(min(len(rows), wanted))))

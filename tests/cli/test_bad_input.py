@@ -163,10 +163,10 @@ CASES = [
     Case("dataset-missing", sft(dataset="nowhere.jsonl"), "--dataset nowhere.jsonl: there is no f"),
     Case("dataset-kind", sft(dataset="rows.xml"), "--dataset rows.xml: unknown extension .xml"),
     Case("dataset-empty", sft(dataset="empty.jsonl"), "--dataset empty.jsonl: empty"),
-    Case("no-assistant", sft(dataset="asked.jsonl"), "no row is left.* 2 x no assistant turn"),
-    Case("json-line", sft(dataset="broken.jsonl"), r"broken.jsonl line 3: is not JSON"),
-    Case("not-an-object", sft(dataset="list.jsonl"), r"list.jsonl line 2: .*object"),
-    Case("not-utf8", sft(dataset="latin.jsonl"), "latin.jsonl: is not UTF-8"),
+    Case("no-assistant", sft(dataset="asked.jsonl"), "of its 2 rows.* 2 x no assistant turn"),
+    Case("json-line", sft(dataset="broken.jsonl", strict="true"), "broken.jsonl:3: not JSON"),
+    Case("not-an-object", sft(dataset="list.jsonl", strict="true"), "list.jsonl:2: .*object"),
+    Case("not-utf8", sft(dataset="latin.jsonl"), "latin.jsonl: none of its 1 rows .*not UTF-8"),
     Case("too-long", sft(max_length=8), "no row is left.*max_length"),
     Case("few-rows", sft(train_iters=None, max_epochs=1, global_batch_size=64), "--max_epochs 1: "),
     Case("no-end", sft(train_iters=None), "--max_epochs or --train_iters is needed"),
@@ -444,7 +444,7 @@ TWO = {"NPROC_PER_NODE": "2"}
 
 COMMANDS = [
     # On both ranks before they meet, and on one of them when they have.
-    Case("json-line", sft(dataset="broken.jsonl"), "broken.jsonl line 3: is not JSON", TWO),
+    Case("json-line", sft(dataset="broken.jsonl", strict="true"), "broken.jsonl:3: not JSON", TWO),
     Case(
         "last-stage",
         sft(model="last-stage", pipeline_model_parallel_size=2),

@@ -91,7 +91,7 @@ def test_rows_may_differ_in_their_columns(tmp_path):
             {"text": "3", "tools": [{"name": "g", "parameters": {"y": []}}]},
         ],
     )
-    loaded, _ = load_rows(["a.jsonl"], dataset_shuffle=False)
+    loaded, _ = load_rows(["a.jsonl"], dataset_shuffle=False, for_training=False)
     assert loaded["tools"][:] == [
         *(None, None),
         *('[{"name": "f", "parameters": {"x": 1}}]', '[{"name": "g", "parameters": {"y": []}}]'),
@@ -155,12 +155,22 @@ def test_without_the_cache(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a.jsonl line 3: is not JSON \(.*correct or"),
-        ("a.jsonl", '{"text": "x"}\n[1]\n', "a.jsonl line 2: is a JSON list; each row must be an"),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n\n{"text": \n',
+            r"--strict true: a.jsonl:3: not JSON \(Expecting",
+        ),
+        ("a.jsonl", '{"text": "x"}\n[1]\n', r"a.jsonl:2: not a JSON object \(list"),
         ("a.json", '[{"text": "x"},\n {"text" 3}]', "a.json line 2: is not JSON"),
-        ("a.json", '[{"text": "x"}, 3]', "a.json line 2: is a JSON int"),
-        ("a.csv", "text\nx\nx,y\n", "a.csv line 3: has more fields than the header: quote"),
-        ("a.txt", b"\xff\xfe", "a.txt: is not UTF-8"),
+        ("a.json", '[{"text": "x"}] 3', "a.json line 1: is not JSON .Extra data"),
+        ("a.json", '[{"text": "x"}', "a.json line 1: is not JSON .Expecting ','"),
+        ("a.json", b'["\xff"]', "a.json: is not UTF-8 .*convert the file"),
+        ("a.json", '[{"text": "x"}, 3]', r"a.json:2: not a JSON object \(int"),
+        ("a.json", '[{"text": "x"}, {"a": {"b": 1, "b": 2}}]', "a.json:2: a key is given twice .b"),
+        ("a.csv", "text\nx\nx,y\n", "a.csv:3: more fields than the header .quote"),
+        ("a.csv", b"text\nx\n\xff\n", "a.csv:3: not UTF-8"),
+        ("a.csv", '"' + "x" * (2**25 + 1), "a.csv: is not CSV .field larger than field limit"),
+        ("a.txt", b"x\n\xff\xfe", "a.txt:2: not UTF-8 .byte 0xff at 0"),
         ("a.parquet", "x", "a.parquet: cannot be read"),
         (
             "a.xlsx",
@@ -170,14 +180,14 @@ def test_without_the_cache(tmp_path):
         ("a.jsonl", "", "--dataset a.jsonl: empty"),
         ("a.jsonl", "\n\n", "--dataset a.jsonl: empty"),
         ("a.csv", "text\n", "--dataset a.csv: empty"),
-        ("a.jsonl", '{"x": 1}', r"none of its 1 rows can be used: 1 x no known column .*a.jsonl:1"),
+        ("a.jsonl", '{"x": 1}', r"a.jsonl:1: no known column \(the columns are x"),
     ],
 )
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_bad_files(tmp_path, name, content, message, num_proc):
     data = content if isinstance(content, bytes) else content.encode()
     (tmp_path / name).write_bytes(data)
-    refuses(message, [name], dataset_num_proc=num_proc)
+    refuses(message, [name], dataset_num_proc=num_proc, strict=True)
 
 
 def test_bad_rows_are_dropped_and_named(tmp_path, caplog):
@@ -203,6 +213,29 @@ def test_bad_rows_are_dropped_and_named(tmp_path, caplog):
         strict=True,
         load_from_cache_file=False,
     )
+
+
+def test_no_row_can_be_used(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\nx\n')
+    refuses(
+        "none of its 2 rows can be used: 1 x no known column .first: a.jsonl:1, the columns are x.",
+        ["a.jsonl"],
+    )
+
+
+def test_bad_text_in_parquet(tmp_path):
+    bad = pa.array([b"a", b"\xff", b"c"]).view(pa.string())
+    pyarrow.parquet.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    assert answers(load_rows(["a.parquet"], dataset_shuffle=False)[0]) == ["a", "c"]
+    refuses("--strict true: .*a.parquet:2, byte 0xff", ["a.parquet"], strict=True)
+
+
+def test_arrays_are_read_row_by_row(tmp_path):
+    rows = [{"text": "x [1, 2] ]"}, {"text": "y"}]
+    (tmp_path / "a.json").write_text("\ufeff \n" + json.dumps(rows, indent=1) + "\n ")
+    assert answers(load_rows(["a.json"], dataset_shuffle=False)[0]) == ["x [1, 2] ]", "y"]
+    (tmp_path / "b.json").write_text("[ ]")
+    refuses("--dataset b.json: empty", ["b.json"])
 
 
 def test_columns_are_renamed_first(tmp_path):
