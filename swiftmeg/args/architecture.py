@@ -18,7 +18,6 @@ _FIXED = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
-    "rotary_percent": 1.0,
     "group_query_attention": True,
 }
 """What all families have in common; Megatron is told group_query_attention in any case."""
@@ -36,7 +35,7 @@ _ROPE_KEYS = {
     ),
 }
 
-OVERRIDES = ("rotary_base", "rope_scaling", "max_model_len", "norm_epsilon")
+OVERRIDES = ("rotary_base", "rope_scaling", "max_model_len", "norm_epsilon", "mtp_num_layers")
 """Flags that change what the same weights compute; a checkpoint's args.json hands them on."""
 
 
@@ -55,6 +54,9 @@ class OverrideArguments:
     """Epsilon of the norms. None: as in config.json."""
     max_position_embeddings: int | None = None
     """Longest input. None: as in config.json; raised to the sequence length where that is more."""
+    mtp_num_layers: int | None = None
+    """Multi-token prediction modules to train and convert; 0: leave those of --model out. None:
+    refuse a model that has some."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ class ShapeArguments:
     ) = None
     """Position embedding: rope."""
     rotary_percent: float | None = None
-    """Share of a head that RoPE turns: 1."""
+    """Share of a head that RoPE turns."""
     normalization: Literal["LayerNorm", "RMSNorm"] | None = None
     """Norm: RMSNorm."""
     swiglu: bool | None = None
@@ -112,6 +114,7 @@ def with_overrides(model: HFModel, args: Any) -> HFModel:
             changes[key] = value
     if rope := _rope_changes(model, args):
         changes["rope_parameters"] = rope
+    model = _with_predictions(model, getattr(args, "mtp_num_layers", None), changes)
     if not changes:
         return model
     hf_config = copy.deepcopy(model.hf_config)
@@ -120,12 +123,29 @@ def with_overrides(model: HFModel, args: Any) -> HFModel:
     return dataclasses.replace(model, hf_config=hf_config, overrides=changes)
 
 
+def _with_predictions(model: HFModel, count: int | None, changes: dict[str, Any]) -> HFModel:
+    """`model` with `count` prediction modules; `changes` learns where the config says otherwise."""
+    if count is None:
+        return model
+    if count < 0:
+        raise UserError(f"--mtp_num_layers {count}: must be at least 0")
+    if count and model.family.predictions is None:
+        raise UserError(
+            f"--mtp_num_layers {count}: {model.family.architecture} has no multi-token prediction "
+            "modules: drop it"
+        )
+    if model.config.get("num_nextn_predict_layers", count) != count:
+        changes["num_nextn_predict_layers"] = count
+    return dataclasses.replace(model, mtp_num_layers=count)
+
+
 def _check_shapes(model: HFModel, args: Any) -> None:
     built = model.megatron_args
     has = {name: built.get(name, False) for name in _shape_names()}
     has |= _FIXED | {
         "disable_bias_linear": not built.get("mlp_bias", False),
         "padded_vocab_size": built["vocab_size"],
+        "rotary_percent": built.get("rotary_percent", 1.0),
     }
     for name, value in has.items():
         wanted = getattr(args, name, None)

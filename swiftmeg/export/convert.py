@@ -45,7 +45,7 @@ def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
     if args.to_mcore:
         from swiftmeg.export.weights import HFWeights, check_names
 
-        check_names(model.family, model.config, HFWeights(model.folder))
+        check_names(model.family, model.config, HFWeights(model.folder, model.config))
     return target, size
 
 

@@ -25,7 +25,7 @@ def load_hf(
     largest parameter. Strict both ways: raises UserError, with names, for HF tensors that are
     missing, unknown or of the wrong shape, and for Megatron parameters without a source.
     """
-    weights = HFWeights(folder)
+    weights = HFWeights(folder, config)
     plan = {each.mcore: each for each in check_names(family, config, weights)}
     filled: set[str] = set()
     for live in live_weights(models):
@@ -33,9 +33,9 @@ def load_hf(
         row = plan.get(EMBEDDING if tied_head else live.name)
         if row is None:
             raise UserError(f"{family.architecture} has no weights for parameter {live.name}")
-        parts = [weights.read(name) for name in row.hf]
+        parts = weights.parts(row)
         try:
-            shard = row.layout.shard(row.layout.join(parts, dims), live.axis, *live.place)
+            shard = row.layout.join_shard(parts, dims, live.axis, *live.place)
         except (UserError, RuntimeError) as error:
             raise UserError(_misfit(weights.folder, row, parts, str(error))) from None
         if shard.shape != live.tensor.shape:

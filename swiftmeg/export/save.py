@@ -125,6 +125,12 @@ def _dtype(row: Row, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if row.fp32 else dtype
 
 
+def _names(row: Row) -> list[tuple[str, ...]]:
+    """The names under which each part of a row is written."""
+    first, *others = row.hf
+    return [(first, *row.copies), *((name,) for name in others)]
+
+
 def _hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) -> list[TensorInfo]:
     """The HF tensors of a weight, found by moving meta tensors through its layout."""
     size = live.place[1] if live.axis is not None else 1
@@ -132,7 +138,8 @@ def _hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) -
     parts = row.layout.split(row.layout.unshard(shards, live.axis), dims)
     return [
         TensorInfo(name, tuple(part.shape), _dtype(row, dtype))
-        for name, part in zip(row.hf, parts, strict=True)
+        for names, part in zip(_names(row), parts, strict=True)
+        for name in names
     ]
 
 
@@ -152,5 +159,5 @@ def _hf_tensors(
             continue
         row = plan[live.name]
         parts = row.layout.split(row.layout.unshard(shards, live.axis), dims)
-        for name, part in zip(row.hf, parts, strict=True):
-            yield name, part.to(_dtype(row, dtype))
+        for names, part in zip(_names(row), parts, strict=True):
+            yield from ((name, part.to(_dtype(row, dtype))) for name in names)

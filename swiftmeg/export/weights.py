@@ -1,6 +1,7 @@
 """The safetensors files of a Hugging Face folder, read one tensor at a time."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +9,36 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from swiftmeg.errors import UserError
+from swiftmeg.export.fp8 import FP8, SCALE, block_size, dequantise
 from swiftmeg.export.writer import INDEX
 from swiftmeg.models.family import Family, HFConfig, Row
 
+_PREFIX = "model."
+_BASE_MODEL = ("embed_tokens.", "layers.", "norm.")
+"""How names begin in a folder that was saved without the head, and so without the prefix."""
+
 
 class HFWeights:
-    """Read-only view of a folder's safetensors; memory-mapped, so a tensor costs only itself.
+    """Read-only view of a folder's safetensors; memory-mapped, so only what is touched is read.
+
+    Names are those of the whole model, also where the folder leaves the prefix `model.` out.
+    `config` is needed to read quantised weights.
 
     Raises UserError, naming the file, for a folder without safetensors, a listed file that is
     missing, or a file that is cut short or not safetensors at all.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, config: HFConfig | None = None) -> None:
         self.folder = Path(folder)
+        self.block = block_size(config or {})
         self._open: dict[str, Any] = {}
-        self.files = self._files()
+        self._places: dict[str, tuple[str, str]] = {}
+        """Name -> file and the name in it."""
+        files = self._files()
+        bare = not any(name.startswith(_PREFIX) for name in files)
+        for name, file in files.items():
+            prefix = _PREFIX if bare and name.startswith(_BASE_MODEL) else ""
+            self._places[prefix + name] = file, name
 
     def _files(self) -> dict[str, str]:
         """Map each tensor name to its file."""
@@ -55,17 +71,41 @@ class HFWeights:
         return self._open[file]
 
     def names(self) -> set[str]:
-        """Every tensor name in the folder."""
-        return set(self.files)
+        """Every tensor name in the folder; scales belong to the tensors that they scale."""
+        return {name for name in self._places if not self._is_scale(name)}
+
+    def _is_scale(self, name: str) -> bool:
+        is_scale = self.block is not None and name.endswith(SCALE)
+        return is_scale and name.removesuffix(SCALE) in self._places
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, on the CPU, in the dtype of the file."""
+        """One whole tensor, on the CPU, in the dtype of the file; fp8 as fp32 with its scales."""
+        tensor = self._stored(name)
+        if tensor.dtype not in FP8:
+            return tensor
+        path = self.folder / self._places[name][0]
+        if self.block is None or name + SCALE not in self._places:
+            missing = "quantization_config in config.json" if self.block is None else name + SCALE
+            raise UserError(f"{path}: tensor {name} is fp8, but {missing} is missing")
         try:
-            tensor: torch.Tensor = self._handle(self.files[name]).get_tensor(name)
+            return dequantise(tensor, self._stored(name + SCALE), self.block)
+        except ValueError as error:
+            raise UserError(f"{path}: tensor {name} cannot be dequantised ({error})") from None
+
+    def _stored(self, name: str) -> torch.Tensor:
+        file, stored = self._places[name]
+        try:
+            tensor: torch.Tensor = self._handle(file).get_tensor(stored)
             return tensor
         except SafetensorError as error:
-            path = self.folder / self.files[name]
+            path = self.folder / file
             raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
+
+    def parts(self, row: Row) -> list[torch.Tensor]:
+        """The HF tensors of a row, or the one tensor that they are joined in."""
+        if row.stack is None or row.hf[0] in self._places:
+            return [self.read(name) for name in row.hf]
+        return list(self._stored(row.stack)[row.expert].chunk(len(row.hf)))
 
 
 def listed(names: set[str]) -> str:
@@ -78,11 +118,26 @@ def listed(names: set[str]) -> str:
 def check_names(family: Family, config: HFConfig, weights: HFWeights) -> list[Row]:
     """The family's plan for this checkpoint; UserError unless it uses every HF tensor once."""
     plan = family.plan(config)
-    wanted = {name for each in plan for name in each.hf}
     found = {name for name in weights.names() if not family.is_ignored(name)}
     if config.get("tie_word_embeddings"):
         # Some publishers store the tied head as well; it is the embedding.
         found -= {"lm_head.weight"}
+    found = _without_predictions(family, config, weights, found)
+    wanted: set[str] = set()
+    stacks: Counter[str] = Counter()
+    for row in plan:
+        found -= set(row.copies)
+        if row.stack in found and not found.intersection(row.hf):
+            stacks[row.stack] += 1
+        else:
+            wanted.update(row.hf)
+    for name, experts in stacks.items():
+        if (there := len(weights.read(name))) != experts:
+            raise UserError(
+                f"{weights.folder}: {name} holds {there} experts, but config.json says {experts}: "
+                "make the two agree"
+            )
+    wanted |= stacks.keys()
     if missing := wanted - found:
         raise UserError(
             f"{weights.folder}: {len(missing)} tensors of {family.architecture} are missing: "
@@ -94,3 +149,20 @@ def check_names(family: Family, config: HFConfig, weights: HFWeights) -> list[Ro
             f"{listed(unknown)}"
         )
     return plan
+
+
+def _without_predictions(
+    family: Family, config: HFConfig, weights: HFWeights, found: set[str]
+) -> set[str]:
+    """`found` without multi-token prediction modules where the user wants none of them."""
+    predictions = {name for name in found if family.is_prediction(name, config)}
+    if not predictions or config.get("mtp_num_layers"):
+        return found
+    if config.get("mtp_num_layers") is None:
+        count = config.get("num_nextn_predict_layers") or 1
+        raise UserError(
+            f"{weights.folder}: {len(predictions)} tensors are of multi-token prediction modules "
+            f"({listed(predictions)}): pass --mtp_num_layers {count} to keep them, or "
+            "--mtp_num_layers 0 to leave them out"
+        )
+    return found - predictions

@@ -66,6 +66,8 @@ def rotary_percent(config: HFConfig) -> float:
 def dense_args(config: HFConfig) -> dict[str, Any]:
     """What all pre-norm RMSNorm + SwiGLU decoders share."""
     rope_type(config)
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise refuse("layer_types", "sliding_attention", "full_attention")
     heads = config["num_attention_heads"]
     if config.get("hidden_act", "silu") != "silu":
         raise refuse("hidden_act", config["hidden_act"], "silu")
@@ -133,6 +135,11 @@ def expert_args(
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_shared_expert_intermediate_size": shared or None,
     }
+
+
+def shared_size(config: HFConfig) -> int:
+    """Hidden size of all shared experts together, which are one MLP."""
+    return int((config.get("n_shared_experts") or 0) * config["moe_intermediate_size"])
 
 
 def dense_then_experts(config: HFConfig) -> list[int]:

@@ -32,6 +32,10 @@ class Row:
     layout: Layout = COPY
     fp32: bool = False
     """The HF tensor is float32 whatever the dtype of the others."""
+    copies: tuple[str, ...] = ()
+    """HF tensors that repeat the only one in `hf`; they are written, and need not be there."""
+    stack: str | None = None
+    """An HF tensor [experts, ...] that holds this row's joined tensors, where `hf` are not."""
 
     def at(self, **numbers: int) -> "Row":
         """The row with its placeholders filled: `at(i=3, e=7)`."""
@@ -42,8 +46,21 @@ class Row:
             return name
 
         return dataclasses.replace(
-            self, mcore=fill(self.mcore), hf=tuple(fill(name) for name in self.hf)
+            self,
+            mcore=fill(self.mcore),
+            hf=tuple(fill(name) for name in self.hf),
+            stack=self.stack and fill(self.stack),
         )
+
+    @property
+    def expert(self) -> int:
+        """The expert's number at the end of the parameter's name."""
+        return int(re.split(r"\D", self.mcore)[-1])
+
+    def with_copies(self, layers: range) -> "Row":
+        """The row with `{n}` in its copies filled by each of `layers`."""
+        names = [name.replace("{n}", str(n)) for name in self.copies for n in layers]
+        return dataclasses.replace(self, copies=tuple(names))
 
 
 def row(mcore: str, *hf: str, layout: Layout = COPY, fp32: bool = False) -> Row:
@@ -70,6 +87,10 @@ class Family:
     config_class: str | None = None
     """transformers' model_type whose config class reads this family's config.json, for families
     that are published with code of their own."""
+    adapt: Callable[[HFConfig], HFConfig] | None = None
+    """Completes config.json before that class reads it."""
+    predictions: str | None = None
+    """Regular expression of the HF tensors of multi-token prediction modules."""
 
     def variant(
         self,
@@ -94,12 +115,13 @@ class Family:
 
     def _expand(self, config: HFConfig) -> Iterator[Row]:
         built = self.to_args(config)
-        decoder = built["num_layers"]
+        decoder, predictions = built["num_layers"], built.get("mtp_num_layers") or 0
         for each in self.rows:
             if "{i}" not in each.mcore:
                 layers = range(1)
+                each = each.with_copies(range(decoder, decoder + predictions))
             elif each.mcore.startswith("mtp."):
-                layers = range(built.get("mtp_num_layers") or 0)
+                layers = range(predictions)
             else:
                 layers = range(decoder)
             experts = range(built.get("num_experts") or 0) if "{e}" in each.mcore else range(1)
@@ -107,6 +129,14 @@ class Family:
                 if is_built(each.mcore, built, layer):
                     here = each.at(i=layer, n=decoder + layer)
                     yield from (here.at(e=expert) for expert in experts)
+
+    def is_prediction(self, name: str, config: HFConfig) -> bool:
+        """True for an HF tensor of a multi-token prediction module."""
+        if self.predictions is None:
+            return False
+        first, count = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 1
+        numbers = "|".join(str(n) for n in range(first, first + count))
+        return bool(re.fullmatch(self.predictions.replace("{n}", f"({numbers})"), name))
 
     def is_ignored(self, name: str) -> bool:
         """True for an HF tensor that is known to carry no weight."""

@@ -1,6 +1,7 @@
 """A Hugging Face model folder: found, read and matched to its family."""
 
 import importlib
+import json
 import os
 import textwrap
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ class HFModel:
     trust_remote_code: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values of `hf_config` that the user set in place of config.json's."""
+    mtp_num_layers: int | None = None
+    """Prediction modules that the user wants; None where nothing is said about them."""
 
     @cached_property
     def config(self) -> HFConfig:
-        """config.json with defaults filled in."""
-        return dict(self.hf_config.to_dict())
+        """config.json with defaults filled in, and `mtp_num_layers` as the user wants it."""
+        return self.hf_config.to_dict() | {"mtp_num_layers": self.mtp_num_layers}
 
     @cached_property
     def megatron_args(self) -> dict[str, Any]:
@@ -99,8 +102,6 @@ def read_model(
     revision: str | None = None,
 ) -> HFModel:
     """Find a model and read its config; UserError if it is missing, broken or not supported."""
-    from transformers import AutoConfig
-
     folder = find_folder(model, use_hf, revision)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -108,7 +109,9 @@ def read_model(
             "Hugging Face model"
         )
     try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        hf_config = _read_config(folder, trust_remote_code)
+    except UserError:
+        raise
     except Exception as error:  # bad values raise errors of many kinds
         raise UserError(
             f"--model {folder}: config.json cannot be read ({_reason(error)}): repair it, or "
@@ -117,3 +120,21 @@ def read_model(
     names = {"architectures": hf_config.architectures}
     family = REGISTRY.find(names, f"--model {folder}")
     return HFModel(folder, hf_config, family, trust_remote_code)
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """The transformers config of a folder; its own code runs only where `trust_remote_code`.
+
+    Families that are published with code of their own are read by a class of transformers' that
+    knows the same keys; keys that it does not know stay as they are.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    raw = json.loads((folder / "config.json").read_text())
+    family = REGISTRY.families.get((raw.get("architectures") or [""])[0])
+    if family is None or family.config_class is None or trust_remote_code:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if family.adapt is not None:
+        raw = family.adapt(raw)
+    raw.pop("model_type", None)
+    return CONFIG_MAPPING[family.config_class].from_dict(raw)

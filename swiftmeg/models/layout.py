@@ -1,9 +1,10 @@
 """Weight layouts: pure tensor functions between Hugging Face tensors and one Megatron parameter.
 
-Each layout answers four questions about FULL (unsharded) weights, on any device and without process
-groups: how HF tensors join into Megatron's parameter, how that parameter splits back, and how it is
-cut into, and put together from, tensor-parallel shards. `axis` is the tensor axis that tensor
-parallelism cuts (`partition_dim` of the live parameter), None for a replicated parameter.
+Each layout answers, about FULL (unsharded) weights, on any device and without process groups: how
+HF tensors join into Megatron's parameter, how that parameter splits back, how it is cut into, and
+put together from, tensor-parallel shards, and how one shard comes from HF tensors directly. `axis`
+is the tensor axis that tensor parallelism cuts (`partition_dim` of the live parameter), None for a
+replicated parameter.
 """
 
 from collections.abc import Sequence
@@ -45,6 +46,12 @@ class Layout:
             return whole
         return whole.chunk(size, dim=axis)[rank]
 
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        """`shard` of `join`; layouts that can touch only what rank `rank` needs."""
+        return self.shard(self.join(parts, dims), axis, rank, size)
+
     def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
         """Inverse of `shard` over all ranks; replicated parameters take the first copy."""
         if axis is None or len(shards) == 1:
@@ -70,8 +77,12 @@ class Stacked(Layout):
     def shard(self, whole: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
         if axis is None or size == 1:
             return whole
-        cut = super().shard
-        return torch.cat([cut(part, axis, rank, size) for part in whole.chunk(self.parts)])
+        return self.join_shard(whole.chunk(self.parts), None, axis, rank, size)
+
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims | None, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        return torch.cat([super(Stacked, self).shard(part, axis, rank, size) for part in parts])
 
     def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
         if axis is None or len(shards) == 1:
@@ -113,7 +124,30 @@ class Vocabulary(Layout):
         return [whole[: dims.vocab_size]]
 
 
+class SwappedHalves(Layout):
+    """One HF tensor whose last axis holds two halves in the other order."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        (whole,) = parts
+        return torch.cat(whole.chunk(2, dim=-1)[::-1], dim=-1)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [self.join([whole], dims)]
+
+
+class OneRow(Layout):
+    """A vector that HF stores as a matrix of one row."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return parts[0].squeeze(0)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [whole.unsqueeze(0)]
+
+
 COPY = Layout()
 GATE_UP = Stacked(2)
 QKV = InterleavedQKV()
 VOCABULARY = Vocabulary()
+SWAPPED_HALVES = SwappedHalves()
+ONE_ROW = OneRow()

@@ -1,5 +1,7 @@
 """Weight rows that families share, under the HF names that most of them publish."""
 
+import dataclasses
+
 from swiftmeg.models.family import Row, row
 from swiftmeg.models.layout import GATE_UP, QKV, VOCABULARY
 
@@ -57,16 +59,19 @@ DENSE_ROWS = (
 def expert_rows(
     gate: str, up: str, down: str, hf: str = HF_MLP + "experts.{e}."
 ) -> tuple[Row, ...]:
-    """Routed experts, one HF tensor an expert; the three names as published, without `.weight`."""
-    experts = MLP + "experts."
+    """Routed experts, one HF tensor an expert; the three names as published, without `.weight`.
+
+    transformers 5 keeps the experts of a layer in one tensor; it writes the published form, but
+    others write what is in memory.
+    """
+    experts, stack = MLP + "experts.", HF_MLP + "experts."
+    fc1 = row(
+        experts + "linear_fc1.weight{e}", f"{hf}{gate}.weight", f"{hf}{up}.weight", layout=GATE_UP
+    )
+    fc2 = row(experts + "linear_fc2.weight{e}", f"{hf}{down}.weight")
     return (
-        row(
-            experts + "linear_fc1.weight{e}",
-            f"{hf}{gate}.weight",
-            f"{hf}{up}.weight",
-            layout=GATE_UP,
-        ),
-        row(experts + "linear_fc2.weight{e}", f"{hf}{down}.weight"),
+        dataclasses.replace(fc1, stack=stack + "gate_up_proj"),
+        dataclasses.replace(fc2, stack=stack + "down_proj"),
     )
 
 
@@ -102,18 +107,48 @@ MLA_ROWS = tuple(row(f"{ATTENTION}{m}.weight", f"{HF_ATTENTION}{h}.weight") for 
 """Multi-head latent attention (arXiv:2405.04434)."""
 
 
+MTP_LAYER = "mtp.layers.{i}."
+"""A multi-token prediction module (arXiv:2412.19437), counted on its own."""
+
+
 def prediction_rows(rows: tuple[Row, ...], hf_layer: str) -> tuple[Row, ...]:
     """The decoder layer's rows for the layer inside a multi-token prediction module.
 
     `hf_layer` is what its HF names begin with, in place of `model.layers.{i}.`.
     """
     return tuple(
-        Row(
-            each.mcore.replace(LAYER, "mtp.layers.{i}.mtp_model_layer."),
-            tuple(name.replace(HF_LAYER, hf_layer) for name in each.hf),
-            each.layout,
-            each.fp32,
+        dataclasses.replace(
+            each,
+            mcore=each.mcore.replace(LAYER, MTP_LAYER + "mtp_model_layer."),
+            hf=tuple(name.replace(HF_LAYER, hf_layer) for name in each.hf),
         )
         for each in rows
         if each.mcore.startswith(LAYER)
     )
+
+
+def deepseek_prediction_rows(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """Prediction modules that are published as layers after the decoder's last.
+
+    They repeat the embedding and the output layer, which all modules share.
+    """
+    hf = "model.layers.{n}."
+    names = ("enorm", "hnorm", "eh_proj")
+    shared = {
+        "embedding.word_embeddings.weight": hf + "embed_tokens.weight",
+        "output_layer.weight": hf + "shared_head.head.weight",
+    }
+    return (
+        *(row(f"{MTP_LAYER}{name}.weight", f"{hf}{name}.weight") for name in names),
+        row(MTP_LAYER + "final_layernorm.weight", hf + "shared_head.norm.weight"),
+        *prediction_rows(rows, hf),
+        *(
+            dataclasses.replace(each, copies=(shared[each.mcore],))
+            for each in rows
+            if each.mcore in shared
+        ),
+    )
+
+
+DEEPSEEK_PREDICTIONS = r"model\.layers\.{n}\..*"
+"""Names of everything in a prediction module; `{n}`: the numbers from the decoder's on."""

@@ -195,6 +195,7 @@ ARCHITECTURE: dict[str, Row] = {
     "max_model_len": Changes(2048, scaling, ("yarn", 4.0), {"rope_scaling": "yarn"}),
     "norm_epsilon": Changes(1e-3, config("rms_norm_eps"), 1e-3),
     "max_position_embeddings": Changes(900, config("max_position_embeddings"), 900),
+    "mtp_num_layers": Refused(1, "LlamaForCausalLM has no multi-token prediction modules"),
 }
 
 SHARED: dict[str, Row] = {

@@ -8,16 +8,12 @@ from swiftmeg.models.arguments import (
     expert_args,
     latent_attention_args,
     refuse,
+    shared_size,
     softmax_router_args,
 )
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig
 from swiftmeg.models.rows import MLA_ROWS, MOE_ROWS, shared_expert_rows
-
-
-def shared_size(config: HFConfig) -> int:
-    """Hidden size of all shared experts together, which are one MLP."""
-    return int((config.get("n_shared_experts") or 0) * config["moe_intermediate_size"])
 
 
 def _router_args(config: HFConfig) -> dict[str, Any]:
