@@ -1,12 +1,11 @@
 """Checks of argument combinations, made before anything heavy is imported or started."""
 
-import importlib.util
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from swiftmeg import platform
+from swiftmeg.args.combinations import check_combinations, check_machine
 from swiftmeg.args.resolve import read_args_file, world_size
 from swiftmeg.checkpoint import find_start, is_empty
 from swiftmeg.errors import UserError
@@ -115,68 +114,22 @@ def check_training(args: Any, model: HFModel) -> None:
     """UserError for the first combination of training arguments that cannot work."""
     if not args.dataset:
         raise UserError("--dataset is needed: name at least one file, folder or hub id")
-    if args.distributed_backend not in (None, platform.backend()):
-        raise UserError(
-            f"--distributed_backend {args.distributed_backend}: ranks talk through nccl with GPUs "
-            "and through gloo without GPUs: drop it"
-        )
-    dp = check_layout(args, model)
+    if args.max_epochs is None and args.train_iters is None:
+        raise UserError("--max_epochs or --train_iters is needed: set one")
+    _check_freezing(args)
+    check_combinations(args, model)
+    check_machine(args)
+    check_batch(args, check_layout(args, model))
+
+
+def check_batch(args: Any, dp: int) -> None:
+    """UserError unless `dp` data-parallel ranks can share the global batch."""
     batch = args.micro_batch_size * dp
-    if args.micro_batch_size < 1 or args.global_batch_size < 1 or args.global_batch_size % batch:
+    if args.global_batch_size % batch:
         raise UserError(
             f"--global_batch_size {args.global_batch_size} must be a multiple of "
             f"--micro_batch_size {args.micro_batch_size} x {dp} data-parallel ranks: change one"
         )
-    if args.max_epochs is None and args.train_iters is None:
-        raise UserError("--max_epochs or --train_iters is needed: set one")
-    for name in (
-        "max_epochs",
-        "train_iters",
-        "save_interval",
-        "save_total_limit",
-        "ckpt_step",
-        "log_interval",
-        "max_length",
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    _check_freezing(args)
-    _check_recompute(args)
-    _check_optimizer(args)
-    if args.tp_comm_overlap:
-        _need_transformer_engine("--tp_comm_overlap true")
-        if not args.sequence_parallel:
-            raise UserError(
-                "--tp_comm_overlap true needs --sequence_parallel true: set it or drop it"
-            )
-    if args.lr_warmup_fraction is not None and args.lr_warmup_iters:
-        raise UserError("--lr_warmup_fraction and --lr_warmup_iters exclude each other: drop one")
-    lr = args.lr if args.lr is not None else 1e-5
-    if args.min_lr > lr:
-        raise UserError(f"--min_lr {args.min_lr} is above --lr {lr}: lower it")
-    if args.packing and args.max_length is None:
-        raise UserError("--packing true needs --max_length: set it or drop --packing")
-    if args.overlap_param_gather and not (
-        args.overlap_grad_reduce and args.use_distributed_optimizer
-    ):
-        raise UserError(
-            "--overlap_param_gather true needs --overlap_grad_reduce true and "
-            "--use_distributed_optimizer true: set them or drop it"
-        )
-    if args.optimizer == "sgd" and args.use_distributed_optimizer:
-        raise UserError(
-            "--optimizer sgd cannot be sharded: pass --use_distributed_optimizer false with it"
-        )
-    if args.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"--wandb_project {args.wandb_project} needs the package wandb: install "
-            "swiftmeg[wandb] or drop it"
-        )
-    if args.fp16 and args.bf16:
-        raise UserError("--fp16 true and --bf16 true exclude each other: drop one")
-    if args.fp16 and not platform.has_cuda():
-        raise UserError("fp16 training needs a GPU: pass --torch_dtype float32 or bfloat16")
 
 
 def _check_freezing(args: Any) -> None:
@@ -204,49 +157,6 @@ def check_regex(name: str, pattern: str | None) -> None:
         re.compile(pattern or "")
     except re.error as error:
         raise UserError(f"--{name} {pattern}: not a regular expression ({error})") from None
-
-
-def _check_recompute(args: Any) -> None:
-    full = args.recompute_granularity == "full"
-    if full and args.recompute_method is None:
-        raise UserError(
-            "--recompute_granularity full needs --recompute_method uniform or block: set it"
-        )
-    if full and args.recompute_num_layers is None:
-        raise UserError("--recompute_granularity full needs --recompute_num_layers: set it, e.g. 1")
-    if full and args.recompute_modules is not None:
-        raise UserError(
-            "--recompute_modules needs --recompute_granularity selective: set it or drop it"
-        )
-    if not full and (args.recompute_method is not None or args.recompute_num_layers is not None):
-        raise UserError(
-            "--recompute_method and --recompute_num_layers need --recompute_granularity full: "
-            "set it or drop them"
-        )
-
-
-def _check_optimizer(args: Any) -> None:
-    precise = "--use_precision_aware_optimizer true"
-    if args.use_precision_aware_optimizer:
-        _need_transformer_engine(precise)
-        if not args.use_distributed_optimizer:
-            raise UserError(f"{precise} needs --use_distributed_optimizer true: set it or drop it")
-    elif args.optimizer_cpu_offload:
-        raise UserError(f"--optimizer_cpu_offload true needs {precise}: set it or drop it")
-    for name in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
-        value = getattr(args, name)
-        if value != "fp32" and not args.use_precision_aware_optimizer:
-            raise UserError(f"--{name} {value} needs {precise}: set it or use fp32")
-    fraction = args.optimizer_offload_fraction
-    if not 0 <= fraction <= 1:
-        raise UserError(f"--optimizer_offload_fraction {fraction}: must be from 0 to 1")
-
-
-def _need_transformer_engine(flag: str) -> None:
-    if importlib.util.find_spec("transformer_engine") is None:
-        raise UserError(f"{flag} needs TransformerEngine: install swiftmeg[te] or drop it")
-    if not platform.has_cuda():
-        raise UserError(f"{flag} needs a GPU: drop it")
 
 
 def checkpoint_defaults(args: Any, sources: dict[str, str]) -> str | None:

@@ -21,8 +21,9 @@ class TrainingArguments(MegatronFlags):
     """Samples per optimizer step over all ranks."""
     train_iters: int | None = None
     """Optimizer steps. None: from --max_epochs."""
-    recompute_granularity: Literal["selective", "full"] = "selective"
-    """What is computed again in the backward pass instead of being stored."""
+    recompute_granularity: Literal["selective", "full", "none"] = "selective"
+    """What is computed again in the backward pass instead of being stored: some modules of every
+    layer, whole layers, or nothing."""
     recompute_method: Literal["uniform", "block"] | None = None
     """How layers are grouped for full recomputation."""
     recompute_num_layers: int | None = None
@@ -237,6 +238,23 @@ class PrecisionArguments(MegatronFlags):
 
 
 @dataclass
+class Fp8Arguments(MegatronFlags):
+    """FP8"""
+
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Compute the linear layers in FP8; needs TransformerEngine and a GPU that has FP8. hybrid:
+    e4m3 forward, e5m2 backward."""
+    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "delayed"
+    """How FP8 scales are found."""
+    fp8_amax_history_len: int = 1024
+    """Steps that delayed scaling looks back."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "max"
+    """How delayed scaling condenses its history."""
+    fp8_param_gather: bool = False
+    """Keep and gather parameters in FP8; needs --fp8_format and --use_distributed_optimizer."""
+
+
+@dataclass
 class MegatronArguments(
     TrainingArguments,
     LearningRateArguments,
@@ -245,6 +263,7 @@ class MegatronArguments(
     LoggingArguments,
     EvaluationArguments,
     PrecisionArguments,
+    Fp8Arguments,
 ):
     """Every flag that Megatron itself reads."""
 

@@ -130,22 +130,6 @@ class MlaArguments(PlannedFlags):
 
 
 @dataclass
-class Fp8Arguments(PlannedFlags):
-    """FP8 training"""
-
-    fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """FP8 format of the linear layers."""
-    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise"] = "delayed"
-    """How FP8 scales are found."""
-    fp8_amax_history_len: int = 1024
-    """Steps that delayed scaling looks back."""
-    fp8_amax_compute_algo: Literal["most_recent", "max"] = "max"
-    """How delayed scaling condenses its history."""
-    fp8_param_gather: bool = False
-    """Keep and gather parameters in FP8."""
-
-
-@dataclass
 class PlannedLayoutArguments(PlannedFlags):
     """Context and virtual pipeline parallelism"""
 
@@ -235,7 +219,6 @@ class PlannedArguments(
     PreferenceArguments,
     MoeArguments,
     MlaArguments,
-    Fp8Arguments,
     PlannedLayoutArguments,
     PlannedDataArguments,
     PlannedModelArguments,

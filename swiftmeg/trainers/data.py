@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from swiftmeg.args.combinations import FP8_MULTIPLE
 from swiftmeg.data.collate import Collator
 from swiftmeg.data.encode import encode_rows
 from swiftmeg.data.loader import BatchLoader, EvalLoader, eval_iters, train_iters
@@ -77,6 +78,14 @@ def make_template(args: Any, tokenizer: Any) -> Template:
     )
 
 
+def length_multiple(args: Any) -> int:
+    """What the layout wants the tokens of a micro-batch to be a multiple of."""
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if args.fp8_format is not None:
+        multiple *= FP8_MULTIPLE[args.fp8_recipe]  # holds for each rank's part
+    return int(multiple)
+
+
 def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
     """Read and tokenise --dataset and --val_dataset; needs no process group."""
     template = make_template(args, tokenizer)
@@ -112,11 +121,10 @@ def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
     validation = encode(validation_rows) if validation_rows is not None else None
     longest = args.max_length if args.packing else max(train.data.column("length").to_pylist())
     pad_token = tokenizer.pad_token_id
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     collate = Collator(
         pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
         padding_free=args.padding_free or args.packing,
-        pad_to_multiple_of=multiple,
+        pad_to_multiple_of=length_multiple(args),
     )
     if len(train) == 0:
         raise UserError("--dataset: no row is left to train on")

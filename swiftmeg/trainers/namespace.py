@@ -13,7 +13,7 @@ from swiftmeg.models.build import padded_vocab_size
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layers import choose_backend
 from swiftmeg.models.rope import rope_type
-from swiftmeg.trainers.data import TrainingData
+from swiftmeg.trainers.data import TrainingData, length_multiple
 
 
 def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argparse.Namespace:
@@ -22,7 +22,7 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
     flags = model_flags(model.megatron_args)
     given = {k: v for k, v in megatron_flags(args).items() if v is not None}
     flags |= given
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    multiple = length_multiple(args)
     seq_length = args.seq_length or math.ceil(data.longest / multiple) * multiple
     flags |= {
         "seq_length": seq_length,
@@ -50,7 +50,9 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
         "no_persist_layer_norm": backend == "native",
     }
-    if args.recompute_granularity == "selective" and args.recompute_modules is None:
+    if args.recompute_granularity == "none":
+        del flags["recompute_granularity"]
+    elif args.recompute_granularity == "selective" and args.recompute_modules is None:
         flags["recompute_modules"] = ["core_attn"]
     vocabulary = padded_vocab_size(
         model.megatron_args["vocab_size"], args.tensor_model_parallel_size

@@ -171,7 +171,8 @@ FULL = {
     "recompute_num_layers": 1,
 }
 TWO_SETS = {"dataset": ["rows.jsonl", "other.jsonl"]}
-PRECISE = "needs --use_precision_aware_optimizer true"
+PRECISE = {"use_precision_aware_optimizer": True}
+FP8 = {"fp8_format": "hybrid"}
 
 ARCHITECTURE: dict[str, Row] = {
     "num_layers": Refused(8, "--num_layers 8 contradicts .*num_layers=4: drop it"),
@@ -267,17 +268,18 @@ MEGATRON: dict[str, Row] = {
     "log_interval": Sets(3, "log_interval"),
     "tensorboard_dir": ShownBy("tests/args/test_parameters.py", "test_tensorboard_goes_where"),
     "cross_entropy_loss_fusion": Sets(True, "cross_entropy_loss_fusion"),
-    "cross_entropy_fusion_impl": Sets("te", "cross_entropy_fusion_impl"),
+    "cross_entropy_fusion_impl": Refused("te", "Megatron has switched it off"),
     "calculate_per_token_loss": Sets(False, "calculate_per_token_loss"),
     "attention_backend": Sets("unfused", "attention_backend", "AttnBackend.unfused"),
-    "optimizer": Sets("sgd", "optimizer"),
-    "optimizer_cpu_offload": Refused(True, f"--optimizer_cpu_offload true {PRECISE}"),
-    "optimizer_offload_fraction": Sets(0.5, "optimizer_offload_fraction"),
-    "use_precision_aware_optimizer": Refused(True, "optimizer true needs TransformerEngine"),
-    "main_grads_dtype": Refused("bf16", f"--main_grads_dtype bf16 {PRECISE}"),
-    "main_params_dtype": Refused("fp16", f"--main_params_dtype fp16 {PRECISE}"),
-    "exp_avg_dtype": Refused("fp8", f"--exp_avg_dtype fp8 {PRECISE}"),
-    "exp_avg_sq_dtype": Refused("fp8", f"--exp_avg_sq_dtype fp8 {PRECISE}"),
+    "optimizer": Sets("sgd", "optimizer", flags={"use_distributed_optimizer": False}),
+    "optimizer_cpu_offload": Sets(True, "optimizer_cpu_offload", flags=PRECISE),
+    "optimizer_offload_fraction": Sets(0.5, "optimizer_offload_fraction",
+                                       flags=PRECISE | {"optimizer_cpu_offload": True}),
+    "use_precision_aware_optimizer": Sets(True, "use_precision_aware_optimizer"),
+    "main_grads_dtype": Sets("bf16", "main_grads_dtype", "torch.bfloat16", PRECISE),
+    "main_params_dtype": Sets("fp16", "main_params_dtype", "torch.float16", PRECISE),
+    "exp_avg_dtype": Sets("fp8", "exp_avg_dtype", "torch.uint8", PRECISE),
+    "exp_avg_sq_dtype": Sets("fp8", "exp_avg_sq_dtype", "torch.uint8", PRECISE),
     "manual_gc": Sets(True, "manual_gc"),
     "manual_gc_interval": Sets(5, "manual_gc_interval", flags={"manual_gc": True}),
     "seed": Sets(5, "seed"),
@@ -331,7 +333,9 @@ MEGATRON: dict[str, Row] = {
     "decoder_last_pipeline_num_layers": Sets(1, "decoder_last_pipeline_num_layers", flags=PP2),
     "sequence_parallel": Sets(True, "sequence_parallel",
                               flags={"tensor_model_parallel_size": 3, "WORLD_SIZE": "3"}),
-    "tp_comm_overlap": Refused(True, "--tp_comm_overlap true needs TransformerEngine"),
+    "tp_comm_overlap": Sets(True, "tp_comm_overlap",
+                            flags={"sequence_parallel": True, "tensor_model_parallel_size": 3,
+                                   "WORLD_SIZE": "3"}),
     "overlap_grad_reduce": Sets(True, "overlap_grad_reduce"),
     "overlap_param_gather": Sets(True, "overlap_param_gather", flags={"overlap_grad_reduce": True}),
     "distributed_timeout_minutes": Sets(7, "distributed_timeout_minutes"),
@@ -364,6 +368,11 @@ MEGATRON: dict[str, Row] = {
             "trainable_parameters", "trainable_parameters_regex",
         )
     },
+    "fp8_format": Sets("hybrid", "fp8"),
+    "fp8_recipe": Sets("blockwise", "fp8_recipe", flags=FP8),
+    "fp8_amax_history_len": Sets(1, "fp8_amax_history_len", flags=FP8),
+    "fp8_amax_compute_algo": Sets("most_recent", "fp8_amax_compute_algo", flags=FP8),
+    "fp8_param_gather": Sets(True, "fp8_param_gather", flags=FP8),
 }  # fmt: skip
 
 PLANNED: dict[str, Row] = {
@@ -407,13 +416,6 @@ PLANNED: dict[str, Row] = {
         for name, value in (
             ("multi_latent_attention", True), ("q_lora_rank", 8), ("kv_lora_rank", 8),
             ("qk_head_dim", 8), ("qk_pos_emb_head_dim", 8),
-        )
-    },
-    **{
-        name: Refused(value, f"--{name} .*: FP8 training is not supported yet")
-        for name, value in (
-            ("fp8_format", "hybrid"), ("fp8_recipe", "mxfp8"), ("fp8_amax_history_len", 1),
-            ("fp8_amax_compute_algo", "most_recent"), ("fp8_param_gather", True),
         )
     },
     "sequence_parallel_size": Refused(2, "use --sequence_parallel true"),
@@ -693,6 +695,7 @@ ALONE = {
     "cross_entropy_fusion_impl",
     "lr_warmup_fraction",
     "deterministic_mode",
+    "optimizer_cpu_offload",
 }
 """Flags that Megatron takes only without most others."""
 
