@@ -50,6 +50,8 @@ class _CudaMeansCpu(TorchFunctionMode):
     ) -> Any:
         if kwargs and _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
+        if kwargs and kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
             args = (args[0], CPU, *args[2:])
         return func(*args, **(kwargs or {}))

@@ -12,6 +12,7 @@ ALIASES = {
     "logging_steps": "log_interval",
     "num_train_epochs": "max_epochs",
     "dataloader_num_workers": "num_workers",
+    "sequence_parallel_size": "context_parallel_size",
     "tuner_type": "train_type",
     "mcore_adapter": "adapter_load",
     "mcore_adapters": "adapter_load",

@@ -30,15 +30,19 @@ def check_layout(args: Any, model: HFModel) -> int:
     """Check parallel sizes against the model and the job; returns the data-parallel size."""
     built = model.megatron_args
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp = getattr(args, "context_parallel_size", 1)
     world = world_size()
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if world % (tp * pp):
+    sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    if cp != 1:
+        sizes["context_parallel_size"] = cp
+    for name, value in sizes.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if world % (needed := tp * pp * cp):
         processes = "1 process" if world == 1 else f"{world} processes"
+        product = " x ".join(f"--{name} {value}" for name, value in sizes.items())
         raise UserError(
-            f"{processes} cannot be split into --tensor_model_parallel_size {tp} x "
-            f"--pipeline_model_parallel_size {pp} = {tp * pp}: start a multiple of {tp * pp} "
+            f"{processes} cannot be split into {product} = {needed}: start a multiple of {needed} "
             "processes (NPROC_PER_NODE x NNODES) or lower the sizes"
         )
     _check_experts(args, built, world)
@@ -66,7 +70,7 @@ def check_layout(args: Any, model: HFModel) -> int:
             "use a divisor, or set --decoder_first_pipeline_num_layers and "
             "--decoder_last_pipeline_num_layers so that the rest divides"
         )
-    return world // (tp * pp)
+    return world // needed
 
 
 def _check_experts(args: Any, built: dict[str, Any], world: int) -> None:

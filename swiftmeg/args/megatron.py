@@ -174,6 +174,8 @@ class ParallelArguments(MegatronFlags):
     """Layers on the first pipeline stage."""
     decoder_last_pipeline_num_layers: int | None = None
     """Layers on the last pipeline stage."""
+    context_parallel_size: int = 1
+    """Ranks that share every sample, each holding two of 2 * size chunks of it."""
     sequence_parallel: bool = False
     """Split activations along the sequence between tensor-parallel ranks."""
     tp_comm_overlap: bool = False

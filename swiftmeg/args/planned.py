@@ -131,12 +131,8 @@ class MlaArguments(PlannedFlags):
 
 @dataclass
 class PlannedLayoutArguments(PlannedFlags):
-    """Context and virtual pipeline parallelism"""
+    """Virtual pipeline parallelism"""
 
-    context_parallel_size: int = 1
-    """Ranks that share every sample."""
-    sequence_parallel_size: int = 1
-    """Another name for --context_parallel_size."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model parts per pipeline stage."""
     num_layers_per_virtual_pipeline_stage: int | None = None
@@ -252,8 +248,6 @@ REASONS = {
     "from Megatron, whose alltoall does the same",
     "moe_expert_capacity_factor": "mixture of experts is not supported yet, and no config.json "
     "says a capacity: drop it",
-    "sequence_parallel_size": "context parallelism is not supported yet: to split activations over "
-    "tensor-parallel ranks use --sequence_parallel true",
     "streaming": "reading rows while training is not supported yet: rows are tokenised once, into "
     "files that are mapped and not held in memory",
     "shuffle_buffer_size": "it belongs to --streaming, which is not supported yet: all rows are "

@@ -21,6 +21,9 @@ class Collator:
     (int32, no dimension) the longest segment. Padding is one more segment at the end. A row may
     be a list of rows (a pack); its rows stay segments of their own.
 
+    Under context parallelism every segment is padded to `segment_multiple` (its own padding is not
+    trained on, and no earlier token attends to it), because each is cut into that many chunks.
+
     Otherwise tensors are [rows, T], padded on the right, without `cu_seqlens`.
 
     `num_tokens` (int64, no dimension) counts the tokens of the rows, padding left out.
@@ -32,6 +35,7 @@ class Collator:
         padding_free: bool = True,
         pad_to_multiple_of: int = 1,
         fixed_length: int | None = None,
+        segment_multiple: int = 1,
     ) -> None:
         if fixed_length is not None and fixed_length % pad_to_multiple_of:
             raise UserError(
@@ -42,6 +46,7 @@ class Collator:
         self.padding_free = padding_free
         self.pad_to_multiple_of = pad_to_multiple_of
         self.fixed_length = fixed_length
+        self.segment_multiple = segment_multiple
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return `input_ids`, `labels`, `position_ids` (int64), `num_tokens`, and segments.
@@ -51,10 +56,12 @@ class Collator:
         samples = list(_samples(rows))
         if not samples:
             raise ValueError("a micro-batch needs at least one row")
+        tokens = sum(len(ids) for ids, _ in samples)
         batch = self._flat(samples) if self.padding_free else self._padded(samples)
-        return batch | {"num_tokens": torch.tensor(sum(len(ids) for ids, _ in samples))}
+        return batch | {"num_tokens": torch.tensor(tokens)}
 
     def _flat(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        samples = [self._whole_chunks(ids, labels) for ids, labels in samples]
         lengths = [len(ids) for ids, _ in samples]
         padding = self._padded_length(sum(lengths)) - sum(lengths)
         if padding:
@@ -68,6 +75,14 @@ class Collator:
             "cu_seqlens": borders,
             "max_seqlen": torch.tensor(max(lengths), dtype=torch.int32),
         }
+
+    def _whole_chunks(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pad one sample to `segment_multiple`."""
+        missing = -len(ids) % self.segment_multiple
+        if not missing:
+            return ids, labels
+        more_ids, more_labels = self._filling(missing)
+        return torch.cat([ids, more_ids]), torch.cat([labels, more_labels])
 
     def _padded(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         width = self._padded_length(max(len(ids) for ids, _ in samples))

@@ -1,5 +1,6 @@
 """Training data: rows, tokens and order, up to the iterators that Megatron's loop draws from."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -80,10 +81,11 @@ def make_template(args: Any, tokenizer: Any) -> Template:
 
 def length_multiple(args: Any) -> int:
     """What the layout wants the tokens of a micro-batch to be a multiple of."""
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    cp = args.context_parallel_size
+    multiple = cp * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
     if args.fp8_format is not None:
         multiple *= FP8_MULTIPLE[args.fp8_recipe]  # holds for each rank's part
-    return int(multiple)
+    return math.lcm(multiple, 2 * cp) if cp > 1 else int(multiple)
 
 
 def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
@@ -121,10 +123,12 @@ def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
     validation = encode(validation_rows) if validation_rows is not None else None
     longest = args.max_length if args.packing else max(train.data.column("length").to_pylist())
     pad_token = tokenizer.pad_token_id
+    chunks = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
     collate = Collator(
         pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
         padding_free=args.padding_free or args.packing,
         pad_to_multiple_of=length_multiple(args),
+        segment_multiple=chunks,
     )
     if len(train) == 0:
         raise UserError("--dataset: no row is left to train on")

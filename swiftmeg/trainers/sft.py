@@ -5,9 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from swiftmeg.models.context import cut_batch
 from swiftmeg.trainers.log import TokenCounter
 
 IGNORED = -100
@@ -22,6 +24,8 @@ def to_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def packed_params(cu_seqlens: Tensor | None, longest: Tensor | None) -> PackedSeqParams | None:
     """Describe the segments of a padding-free batch to Megatron's attention and RoPE.
 
+    Padding inside a segment counts as its last tokens: earlier ones do not attend to it, kernels
+    without support for gaps can run, and no chunk of a rank is ever without a token.
     None for a padded batch, which has no `cu_seqlens` [segments + 1].
     """
     if cu_seqlens is None or longest is None:
@@ -39,12 +43,13 @@ def loss_function(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[st
     """Sum the losses [b, s] where `mask` [b, s] is 1, and count those places.
 
     Megatron adds sums and counts over micro-batches and data-parallel ranks and divides once, so
-    the result does not depend on how the global batch is split. A micro-batch without a trained
-    token counts as zero.
+    the result does not depend on how the global batch is split. A micro-batch, a rank's chunks of
+    it or a whole step without a trained token counts as zero.
     """
     total = (losses.float() * mask).sum()
     count = mask.sum()
-    report = torch.stack([total.detach(), count])
+    # Beside any token the addition is lost in rounding; without one it makes 0 / 0 a zero.
+    report = torch.stack([total.detach(), count + torch.finfo(count.dtype).tiny])
     return total, count.to(torch.int), {"lm loss": report}
 
 
@@ -58,6 +63,10 @@ def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
         counter.add(batch)
         longest = batch.pop("max_seqlen", None)  # wanted on the host
         batch = to_device(batch)
+        if mpu.get_context_parallel_world_size() > 1:
+            batch = cut_batch(
+                batch, mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+            )
         packed = packed_params(batch.get("cu_seqlens"), longest)
         labels = batch["labels"]
         mask = (labels != IGNORED).float()

@@ -331,6 +331,7 @@ MEGATRON: dict[str, Row] = {
                                          flags={"WORLD_SIZE": "2"}),
     "decoder_first_pipeline_num_layers": Sets(1, "decoder_first_pipeline_num_layers", flags=PP2),
     "decoder_last_pipeline_num_layers": Sets(1, "decoder_last_pipeline_num_layers", flags=PP2),
+    "context_parallel_size": Sets(2, "context_parallel_size", flags={"WORLD_SIZE": "2"}),
     "sequence_parallel": Sets(True, "sequence_parallel",
                               flags={"tensor_model_parallel_size": 3, "WORLD_SIZE": "3"}),
     "tp_comm_overlap": Sets(True, "tp_comm_overlap",
@@ -418,11 +419,10 @@ PLANNED: dict[str, Row] = {
             ("qk_head_dim", 8), ("qk_pos_emb_head_dim", 8),
         )
     },
-    "sequence_parallel_size": Refused(2, "use --sequence_parallel true"),
     **{
-        name: Refused(value, f"--{name} .*: Context and virtual pipeline parallelism is not")
+        name: Refused(value, f"--{name} .*: Virtual pipeline parallelism is not")
         for name, value in (
-            ("context_parallel_size", 2), ("virtual_pipeline_model_parallel_size", 2),
+            ("virtual_pipeline_model_parallel_size", 2),
             ("num_layers_per_virtual_pipeline_stage", 2),
             ("num_virtual_stages_per_pipeline_rank", 2), ("pipeline_model_parallel_layout", "t|t"),
         )

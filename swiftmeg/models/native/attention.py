@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -14,9 +14,16 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from swiftmeg.models.context import gather
+
 
 class DotProductAttention(MegatronModule):
-    """Causal attention over grouped queries, for padded batches and packed sequences."""
+    """Causal attention over grouped queries, for padded batches and packed sequences.
+
+    Under context parallelism a rank gathers the keys and values of all ranks, which with grouped
+    queries are a fraction of the activations, and attends from its own chunks. The default
+    recomputation of core attention keeps them out of what the backward pass stores.
+    """
 
     def __init__(
         self,
@@ -34,6 +41,8 @@ class DotProductAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.cp_size = config.context_parallel_size
+        self.cp_group = pg_collection.cp if pg_collection and self.cp_size > 1 else None
 
     def forward(
         self,
@@ -51,46 +60,112 @@ class DotProductAttention(MegatronModule):
         [s, b, heads * v]; `attention_mask` [b or 1, 1, s, s] is True where attention is forbidden,
         None means causal. Packed: query [t, heads, d], key [t, groups, d] and value [t, groups, v]
         give [t, heads * v]; position i attends to earlier positions of its own segment of
-        `packed_seq_params.cu_seqlens_q`.
+        `packed_seq_params.cu_seqlens_q`. Under context parallelism s and t are this rank's places
+        (`swiftmeg.models.context`) and the mask must be None.
         """
+        packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
+        if attention_mask is not None and not packed:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (query, *self._repeat(query, key, value)))
+            return self._attend(q, k, v, ~attention_mask).permute(2, 0, 1, 3).flatten(-2)
+        if packed:
+            assert packed_seq_params is not None
+            borders = packed_seq_params.cu_seqlens_q
+        else:
+            total = len(query) * self.cp_size
+            borders = torch.tensor([0, total], dtype=torch.int32, device=query.device)
+        if self.cp_size > 1:
+            split = [key.shape[-1], value.shape[-1]]
+            both = gather(torch.cat([key, value], dim=-1), borders, self._group())
+            key, value = both.split(split, dim=-1)
+        key, value = self._repeat(query, key, value)
+        if packed and self._has_varlen(query, value):
+            return self._varlen(query, key, value, packed_seq_params).flatten(-2)
+        if packed:
+            query, key, value = (x[:, None] for x in (query, key, value))
+        out = self._segments(query, key, value, borders.tolist())
+        return (out[:, 0] if packed else out).flatten(-2)
+
+    def _repeat(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Give every query head a key and a value of its own."""
         repeats = query.shape[-2] // key.shape[-2]
-        if repeats > 1:
-            key = key.repeat_interleave(repeats, dim=-2)
-            value = value.repeat_interleave(repeats, dim=-2)
-        if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            return self._packed(query, key, value, packed_seq_params).flatten(-2)
-        mask = None if attention_mask is None else ~attention_mask
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return self._attend(q, k, v, mask).permute(2, 0, 1, 3).flatten(-2)
+        if repeats == 1:
+            return key, value
+        return key.repeat_interleave(repeats, dim=-2), value.repeat_interleave(repeats, dim=-2)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not self._drops():
-            from torch.nn.attention.varlen import varlen_attn
+    def _group(self) -> Any:
+        return self.cp_group or parallel_state.get_context_parallel_group()
 
-            bounds, longest = packed.cu_seqlens_q, int(packed.max_seqlen_q)
-            return varlen_attn(  # type: ignore[return-value]
-                query,
-                key,
-                value,
-                bounds,
-                bounds,
-                longest,
-                longest,
-                scale=self.scale,
-                window_size=(-1, 0),
-            )
-        bounds = packed.cu_seqlens_q.tolist()
+    def _chunks(self) -> list[int]:
+        """Which of a segment's 2 * CP chunks this rank holds, in order."""
+        rank = self._group().rank()
+        return [rank, 2 * self.cp_size - 1 - rank]
+
+    def _segments(self, query: Tensor, key: Tensor, value: Tensor, borders: list[int]) -> Tensor:
+        """Segment by segment: queries [t / CP, b, heads, d], keys and values [t, b, heads, d]."""
         out = []
-        for start, end in pairwise(bounds):
-            q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
-            out.append(self._attend(q, k, v, None)[0].transpose(0, 1))
+        for start, end in pairwise(borders):
+            first = start // self.cp_size
+            if self.cp_size == 1:
+                pieces = [(start, end, end)]
+            else:
+                size = (end - start) // (2 * self.cp_size)
+                pieces = [
+                    (first + half * size, first + (half + 1) * size, start + (chunk + 1) * size)
+                    for half, chunk in enumerate(self._chunks())
+                ]
+            for begin, stop, last in pieces:
+                parts = (query[begin:stop], key[start:last], value[start:last])
+                q, k, v = (x.permute(1, 2, 0, 3) for x in parts)
+                out.append(self._attend(q, k, v, None).permute(2, 0, 1, 3))
         return torch.cat(out)
+
+    def _has_varlen(self, query: Tensor, value: Tensor) -> bool:
+        """Whether one kernel can do all segments."""
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        return query.is_cuda and half and not self._drops() and query.shape[-1] == value.shape[-1]
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        borders = packed.cu_seqlens_q
+        q_borders = k_borders = borders
+        longest_q = longest_k = int(packed.max_seqlen_q)
+        if self.cp_size > 1:
+            # Each chunk is a sequence of its own, with all keys up to its end; the kernel aligns
+            # the causal mask with the last key.
+            early, late = self._chunks()
+            size = borders.diff() // (2 * self.cp_size)
+            q_lengths = size.repeat_interleave(2)
+            k_lengths = torch.stack([(early + 1) * size, (late + 1) * size], dim=1).flatten()
+            q_borders, k_borders = _cumulated(q_lengths), _cumulated(k_lengths)
+            count = (early + late + 2) * len(query) // 2
+            piece = torch.repeat_interleave(k_lengths, output_size=count)
+            places = torch.arange(count, device=query.device) - k_borders[piece]
+            places = places + borders[:-1].repeat_interleave(2)[piece]
+            key, value = key[places], value[places]
+            longest_q //= 2 * self.cp_size
+            longest_k = longest_q * (late + 1)
+        return varlen_attn(  # type: ignore[return-value]
+            query,
+            key,
+            value,
+            q_borders,
+            k_borders,
+            longest_q,
+            longest_k,
+            scale=self.scale,
+            window_size=(-1, 0),
+        )
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Batched attention over [b, heads, s, d]."""
+        """Batched attention over [b, heads, s, d]; without a mask the last query sees all keys."""
+        missing = k.shape[-2] - q.shape[-2]
+        if mask is None and missing:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+            mask = mask.tril(missing)
         options: dict[str, Any] = {
             "attn_mask": mask,
             "is_causal": mask is None,
@@ -101,3 +176,8 @@ class DotProductAttention(MegatronModule):
         # Heads are split over tensor-parallel ranks, so each rank draws masks of its own.
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **options)
+
+
+def _cumulated(lengths: Tensor) -> Tensor:
+    """Borders [n + 1] of segments with `lengths` [n], int32."""
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

@@ -1,0 +1,54 @@
+"""Context parallelism: which tokens of a batch a rank holds, and how it gets the others' keys.
+
+A segment (a row of a padded batch or a sample of a packed one) is cut into 2 * size chunks, and
+rank r holds chunk r followed by chunk 2 * size - 1 - r: under a causal mask early chunks are cheap
+and late ones dear, so that all ranks have equal work. TransformerEngine and Megatron's rotary
+embeddings expect the same order. Segment lengths must be multiples of 2 * size.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+
+def held(borders: Tensor, total: int, rank: int, size: int) -> Tensor:
+    """Places in the whole batch of the tokens that `rank` of `size` holds: int64 [total / size].
+
+    `borders` [segments + 1] are the segments' first places and, last, `total`.
+    """
+    starts, lengths = borders[:-1].long(), borders.diff().long()
+    local = total // size
+    segment = torch.repeat_interleave(lengths // size, output_size=local)
+    chunk = (lengths // (2 * size))[segment]
+    start = starts[segment]
+    offset = torch.arange(local, device=borders.device) - start // size
+    late = (2 * size - 2 - rank) * chunk  # added to an offset that is one chunk long already
+    return start + offset + torch.where(offset < chunk, rank * chunk, late)
+
+
+def cut_batch(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """The part of a micro-batch ([b, s] tensors) that `rank` of `size` holds.
+
+    `cu_seqlens` stays whole; a batch without it is cut along each row.
+    """
+    total = batch["input_ids"].shape[1]
+    borders = batch.get("cu_seqlens")
+    if borders is None:
+        borders = torch.tensor([0, total], device=batch["input_ids"].device)
+    places = held(borders, total, rank, size)
+    cut = {name: batch[name][:, places] for name in ("input_ids", "labels", "position_ids")}
+    return batch | cut
+
+
+def gather(local: Tensor, borders: Tensor, group: Any) -> Tensor:
+    """Join [t / size, ...] of all ranks to [t, ...], in the order of the batch.
+
+    The backward pass sums every rank's gradients and hands each its own places.
+    """
+    size = group.size()
+    joined = gather_from_sequence_parallel_region(local, True, group)
+    total = joined.shape[0]
+    places = torch.cat([held(borders, total, rank, size) for rank in range(size)])
+    return joined[torch.argsort(places)]

@@ -1,0 +1,230 @@
+"""Train one row of the matrix and compare it with the run of one process.
+
+What is compared, all under Hugging Face names: the loss and the gradient norm of every step, every
+gradient of the first step as the optimizer gets it, every weight after the last. Besides, copies of
+a parameter on different ranks must be bit-identical.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.matrix.rows import Row
+from tests.ranks import run_ranks
+
+BOUND = 1e-5
+"""Largest difference, relative to the norm of what is compared, in float32."""
+
+STEPS = 2
+ONE = Row("", "", "padding_free")
+
+
+def flags(work: Path, row: Row, save: Path) -> list[str]:
+    """The command line of a row."""
+    settings = {
+        "model": work / row.model,
+        "dataset": work / "rows.jsonl",
+        "train_iters": STEPS,
+        "lr": 3e-3,
+        "lr_decay_style": "constant",
+        # Where a gradient is zero but for rounding, as that of a key's bias, Adam's default would
+        # blow the rounding up to a full step.
+        "adam_eps": 1e-3,
+        "clip_grad": 5.0,
+        "attention_dropout": 0,
+        "log_interval": 1,
+        "num_workers": 0,
+        "save": save,
+        "add_version": "false",
+        "strict": "true",
+    } | row.flags
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> list[str]:
+    """`megatron sft` on one rank, with gradients and weights written to `out`.
+
+    Returns what is wrong with this rank's copies of parameters.
+    """
+    from megatron.training import training
+
+    from swiftmeg import upstream
+    from swiftmeg.args.commands import SftArguments
+    from swiftmeg.args.training import read_training_arguments
+    from swiftmeg.trainers import log
+    from swiftmeg.trainers.run import train
+
+    args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")
+    faults: list[str] = []
+    setup = training.setup_model_and_optimizer
+
+    def watched(*positional: Any, **named: Any) -> Any:
+        models, optimizer, scheduler = setup(*positional, **named)
+        step = optimizer.step
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            if not (Path(out) / "gradients").exists():
+                write(model, models, Path(out) / "gradients", gradients=True)
+            return step(*args, **kwargs)
+
+        optimizer.step = observed
+        return models, optimizer, scheduler
+
+    def save_checkpoint(iteration: int, models: Any, *args: Any, **kwargs: Any) -> None:
+        faults.extend(differing_copies(models))
+        write(model, models, Path(out) / "weights")
+
+    def on_save(*args: Any) -> None:
+        training.save_checkpoint = save_checkpoint
+
+    training.setup_model_and_optimizer = watched
+    upstream.on_save = on_save
+    log.draw_curves = lambda *args: None
+    if mutate is not None:
+        mutate()
+    train(args, sources, model)
+    return faults
+
+
+def write(model: Any, models: list[Any], folder: Path, gradients: bool = False) -> None:
+    """Write the weights, or in their place their gradients, as a Hugging Face folder."""
+    from megatron.training import get_args
+
+    from swiftmeg.export.save import save_hf
+    from swiftmeg.models.build import dims_of
+
+    weights = {}
+    if gradients:
+        for parameter, gradient in reduced_gradients(models).items():
+            weights[parameter] = parameter.data
+            parameter.data = gradient
+    save_hf(
+        models,
+        folder,
+        model.folder,
+        model.family,
+        model.config,
+        dims_of(get_args()),
+        dtype=torch.float32,
+    )
+    for parameter, weight in weights.items():
+        parameter.data = weight
+
+
+def reduced_gradients(models: list[Any]) -> dict[Any, torch.Tensor]:
+    """Every parameter's whole gradient, from the shards that the distributed optimizer leaves."""
+    found = {}
+    for chunk in models:
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
+            whole = buffer.grad_data.detach().clone().float()
+            group = buffer.data_parallel_group
+            if chunk.ddp_config.use_distributed_optimizer and group.size() > 1:
+                for bucket in buffer.buckets:
+                    start = bucket.offset
+                    part = whole[start : start + bucket.grad_data.numel()]
+                    mine = part.chunk(group.size())[group.rank()].clone()
+                    torch.distributed.all_gather_into_tensor(part, mine, group=group)
+            for parameter, (start, end, _) in buffer.param_index_map.items():
+                found[parameter] = whole[start:end].view(parameter.shape)
+    return found
+
+
+def differing_copies(models: list[Any]) -> list[str]:
+    """Names of parameters whose copies differ between ranks that must agree."""
+    from megatron.core import mpu
+
+    from swiftmeg.export.shards import live_weights
+
+    wrong = []
+    dense = mpu.get_data_parallel_group(with_context_parallel=True)
+    experts = mpu.get_expert_data_parallel_group()
+    for live in live_weights(models):
+        groups = [experts if live.routed else dense]
+        if live.axis is None:
+            groups.append(live.group)
+        for group in groups:
+            mine = live.tensor.detach().contiguous()
+            first = mine.clone()
+            torch.distributed.broadcast(first, group=group, group_src=0)
+            if not torch.equal(mine, first):
+                wrong.append(live.name)
+    return wrong
+
+
+def run(
+    work: Path, row: Row, name: str | None = None, mutate: Callable[[], None] | None = None
+) -> dict[str, Any]:
+    """Train a row; returns `lines`, `gradients`, `weights` and `copies` that differ."""
+    folder = work / (name or str(row).replace(" | ", "-").replace(" ", "_"))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    argv = flags(work, row, folder / "run")
+    faults = run_ranks(row.world, train_row, argv, str(folder), mutate)
+    lines = (folder / "run" / "logging.jsonl").read_text().splitlines()
+    return {
+        "lines": [json.loads(line) for line in lines],
+        "gradients": _tensors(folder / "gradients"),
+        "weights": _tensors(folder / "weights"),
+        "copies": sorted({fault for each in faults for fault in each}),
+    }
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def check_trained(found: dict[str, Any]) -> list[str]:
+    """Why a run proves nothing: it did not learn, or a tensor had no gradient."""
+    first, last = found["lines"][0], found["lines"][-1]
+    faults = [name for name, gradient in found["gradients"].items() if not gradient.norm() > 1e-9]
+    reasons = [f"no gradient: {', '.join(faults)}"] if faults else []
+    if not last["lm loss"] < 0.99 * first["lm loss"]:
+        reasons.append(f"the loss stays at {first['lm loss']}")
+    if not first["grad_norm"] > 0:
+        reasons.append("the gradient norm is zero")
+    return reasons
+
+
+def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """The largest relative difference, and where, of losses, norms, gradients and weights."""
+    result = {}
+    for key in ("lm loss", "grad_norm"):
+        pairs = zip(found["lines"], expected["lines"], strict=True)
+        result[key] = max(
+            (_relative(a[key], b[key]), f"step {i + 1}") for i, (a, b) in enumerate(pairs)
+        )
+    for kind in ("gradients", "weights"):
+        ours, theirs = found[kind], expected[kind]
+        assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+        # A tensor whose gradient is zero but for rounding has no relative error: the floor is a
+        # millionth of the largest gradient.
+        floor = 1e-6 * max(float(tensor.norm()) for tensor in theirs.values())
+        result[kind] = max(
+            (float((ours[k] - theirs[k]).norm() / max(float(theirs[k].norm()), floor)), k)
+            for k in theirs
+        )
+    return {key: (_finite(value), where) for key, (value, where) in result.items()}
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(a), abs(b), 1e-30)
+
+
+def _finite(value: float) -> float:
+    return value if value == value else float("inf")
+
+
+def faults_of(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """What is wrong with a row, in words; empty if nothing is."""
+    faults = check_trained(found)
+    for key, (value, where) in compare(found, expected).items():
+        if not value <= BOUND:
+            faults.append(f"{key} differs by {value:.1e} at {where}")
+    if found["copies"]:
+        faults.append(f"copies differ: {', '.join(found['copies'][:3])}")
+    return faults

@@ -1,0 +1,169 @@
+"""The matrix: models, forms of batches and layouts. A row is one line.
+
+A layout is written in words: `tp2 sp pp2 vpp2 cp2 dp2 ep2 etp1`; a size that is not named is 1, and
+the words of WORDS switch something on.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.tiny import save_model
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12, "hidden_size": 64}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    # grouped queries, tied embeddings, biases everywhere
+    "dense": (
+        "llama",
+        HEADS | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    # normalised queries and keys, a head of its own
+    "dense-qk": ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+}
+"""Name -> family and sizes of tests.tiny; all have four layers."""
+
+MAX_LENGTH = 150
+FORMS: dict[str, dict[str, Any]] = {
+    "padded": {"padding_free": "false", "global_batch_size": 16},
+    "padding_free": {"padding_free": "true", "global_batch_size": 16},
+    "packed": {"packing": "true", "max_length": MAX_LENGTH, "global_batch_size": 8},
+}
+"""Each step trains on all sixteen rows, which make eight packs, so all forms have one reference."""
+
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "first": "decoder_first_pipeline_num_layers",
+    "last": "decoder_last_pipeline_num_layers",
+}
+WORDS: dict[str, dict[str, Any]] = {
+    "sp": {"sequence_parallel": "true"},
+    "overlap": {"overlap_grad_reduce": "true", "overlap_param_gather": "true"},
+    "replicated": {"use_distributed_optimizer": "false"},
+    "recompute": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run that is compared with the run of one process on the same rows."""
+
+    model: str
+    layout: str
+    form: str
+    micro_batch_size: int = 1
+    short: bool = False
+    """Part of the short form."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The numbers in the layout, by word."""
+        found = (re.fullmatch(r"([a-z]+)(\d+)", word) for word in self.layout.split())
+        return {match[1]: int(match[2]) for match in found if match}
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        sizes = self.sizes
+        return sizes.get("tp", 1) * sizes.get("pp", 1) * sizes.get("cp", 1) * sizes.get("dp", 1)
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What the row adds to the command."""
+        flags = FORMS[self.form] | {"micro_batch_size": self.micro_batch_size}
+        for word, size in self.sizes.items():
+            if word != "dp":
+                flags[SIZES[word]] = size
+        for word in self.layout.split():
+            if not re.search(r"\d", word):
+                flags |= WORDS[word]
+        return flags
+
+    def __str__(self) -> str:
+        return f"{self.model} | {self.layout or 'one'} | {self.form} | {self.micro_batch_size}"
+
+
+def _table(model: str, text: str) -> list[Row]:
+    """Rows from lines `layout | form | micro-batch size`; a star in front: in the short form."""
+    rows = []
+    for line in text.strip().splitlines():
+        layout, form, size = (cell.strip() for cell in line.split("|"))
+        starred = layout.startswith("*")
+        rows.append(Row(model, layout.lstrip("* "), form, int(size), starred))
+    return rows
+
+
+DENSE = """
+*                  | padded       | 4
+                   | padding_free | 2
+*                  | packed       | 1
+                   | packed       | 4
+  recompute        | packed       | 2
+* dp2              | packed       | 2
+  dp2 overlap      | padding_free | 1
+  dp2 replicated   | padded       | 2
+  dp8              | packed       | 1
+  tp2              | padding_free | 2
+* tp2 sp           | padded       | 4
+  tp2 sp           | packed       | 1
+  pp2              | padding_free | 4
+  pp2 first1       | packed       | 2
+* pp4              | packed       | 1
+  cp2              | padded       | 4
+* cp2              | packed       | 2
+  cp2              | padding_free | 1
+  cp4              | padding_free | 4
+* cp4              | packed       | 1
+* tp2 sp cp2       | padded       | 2
+  tp2 cp2          | packed       | 1
+* pp2 cp2          | packed       | 2
+  dp2 cp2          | padding_free | 2
+* tp2 sp pp2       | padding_free | 2
+  tp2 sp dp2       | packed       | 2
+  pp2 dp2 overlap  | padded       | 2
+  tp2 sp pp2 cp2   | packed       | 1
+  tp2 sp pp2 dp2   | packed       | 2
+  tp2 sp cp2 dp2   | padding_free | 2
+  pp2 cp2 dp2      | padded       | 2
+"""
+
+DENSE_QK = """
+* tp2 sp           | packed       | 2
+  tp2 sp           | padded       | 1
+  pp2              | padded       | 2
+  cp2              | packed       | 1
+  cp4              | padded       | 2
+  dp2 overlap      | packed       | 2
+* tp2 sp pp2 cp2   | packed       | 1
+"""
+
+ROWS = [*_table("dense", DENSE), *_table("dense-qk", DENSE_QK)]
+
+
+def write_inputs(folder: Path, models: set[str]) -> None:
+    """Write the models and the rows: conversations of awkward lengths, 25 to 125 tokens."""
+    for name in models:
+        family, sizes = MODELS[name]
+        save_model(folder / name, family, **sizes)
+    lines = []
+    for i in range(16):
+        # pairs of rows fill a pack of MAX_LENGTH
+        wanted = 25 + 3 * i if i < 8 else 125 - 3 * (i - 8)
+        answer = "ab c"[: 1 + i % 4] * 30
+        turns = [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": ""}]
+        spare = wanted - sum(len(f"{t['role']}{t['content']}") + 4 for t in turns)
+        turns[0]["content"] += "?" * (spare // 3)
+        turns[1]["content"] = (answer * 2)[: spare - spare // 3]
+        lines.append(json.dumps({"messages": turns}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
