@@ -331,7 +331,7 @@ MEGATRON: dict[str, Row] = {
                                          flags={"WORLD_SIZE": "2"}),
     "decoder_first_pipeline_num_layers": Sets(1, "decoder_first_pipeline_num_layers", flags=PP2),
     "decoder_last_pipeline_num_layers": Sets(1, "decoder_last_pipeline_num_layers", flags=PP2),
-    "context_parallel_size": Sets(2, "context_parallel_size", flags={"WORLD_SIZE": "2"}),
+    "context_parallel_size": Sets(2, "context_parallel_size", flags={"WORLD_SIZE": "4"}),
     "sequence_parallel": Sets(True, "sequence_parallel",
                               flags={"tensor_model_parallel_size": 3, "WORLD_SIZE": "3"}),
     "tp_comm_overlap": Sets(True, "tp_comm_overlap",
