@@ -27,8 +27,8 @@ LIMITS: dict[str, tuple[float, float]] = {
         (1, float("inf")),
     ),
     **dict.fromkeys(
-        ("num_workers", "lr", "min_lr", "lr_warmup_iters", "weight_decay", "clip_grad", "adam_eps",
-         "manual_gc_interval"),
+        ("num_workers", "shuffle_buffer_size", "lr", "min_lr", "lr_warmup_iters", "weight_decay",
+         "clip_grad", "adam_eps", "manual_gc_interval"),
         (0, float("inf")),
     ),
     **dict.fromkeys(
@@ -94,6 +94,8 @@ NEEDS = (
     Needs("fp8_amax_history_len", _is_not(1024), _FP8),
     Needs("fp8_amax_compute_algo", _is_not("max"), _FP8),
     Needs("fp8_param_gather", _is(True), _FP8 | {"use_distributed_optimizer": True}),
+    Needs("streaming", _is(True), {"train_iters": "a number, e.g. 1000"}),
+    Needs("shuffle_buffer_size", _is_not(1000), {"streaming": True}),
     Needs("packing", _is(True), {"max_length": "the length of a pack"}),
 )  # fmt: skip
 """Which flags need others. A wanted value that is text names the choices: any value but None."""
@@ -107,6 +109,9 @@ EXCLUSIVE = (
     ("fp16", "fp8_format"),
     ("deterministic_mode", "cross_entropy_loss_fusion"),
     ("deterministic_mode", "tp_comm_overlap"),
+    ("streaming", "max_epochs"),
+    ("streaming", "lazy_tokenize"),
+    ("packing", "lazy_tokenize"),
 )
 """Pairs of flags of which one at most may be on."""
 

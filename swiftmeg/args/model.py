@@ -101,5 +101,12 @@ class DataArguments:
     """Access token of the hub; never written to args.json."""
     packing: bool = False
     """Fill rows of --max_length tokens with whole samples that do not see each other."""
+    streaming: bool = False
+    """Read and tokenise rows while training: for sets that are too large to be prepared, or
+    endless. Needs --train_iters."""
+    shuffle_buffer_size: int = 1000
+    """Rows among which --streaming shuffles."""
+    lazy_tokenize: bool | None = None
+    """Tokenise rows while training instead of before. None: false."""
     padding_free: bool = True
     """Join a micro-batch's samples into one row without padding; false pads them side by side."""

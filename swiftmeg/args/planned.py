@@ -147,12 +147,6 @@ class PlannedLayoutArguments(PlannedFlags):
 class PlannedDataArguments(PlannedFlags):
     """Further data options"""
 
-    streaming: bool = False
-    """Read rows while training instead of before."""
-    shuffle_buffer_size: int = 1000
-    """Rows among which --streaming shuffles."""
-    lazy_tokenize: bool | None = None
-    """Tokenise rows while training instead of before."""
     packing_cache: str | None = None
     """Folder of packed rows."""
     cached_dataset: list[str] = field(default_factory=list)
@@ -232,7 +226,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "moe_token_dispatcher_type": ("allgather",),
     "virtual_pipeline_model_parallel_size": (1,),
     "num_virtual_stages_per_pipeline_rank": (1,),
-    "lazy_tokenize": (False,),
     "template_backend": ("swift",),
     "apply_query_key_layer_scaling": (False,),
     "num_experts": (0,),
@@ -248,12 +241,6 @@ REASONS = {
     "from Megatron, whose alltoall does the same",
     "moe_expert_capacity_factor": "mixture of experts is not supported yet, and no config.json "
     "says a capacity: drop it",
-    "streaming": "reading rows while training is not supported yet: rows are tokenised once, into "
-    "files that are mapped and not held in memory",
-    "shuffle_buffer_size": "it belongs to --streaming, which is not supported yet: all rows are "
-    "shuffled with each other",
-    "lazy_tokenize": "tokenising while training is not supported yet: rows are tokenised once, "
-    "with --dataset_num_proc processes, and kept for later runs",
     "packing_cache": "packing needs no folder of its own; tokenised rows are kept in "
     "$SWIFTMEG_CACHE: drop it",
     "cached_dataset": "tokenised rows are kept in $SWIFTMEG_CACHE: name the rows by --dataset",

@@ -9,16 +9,23 @@ DOWNLOAD_MODES = ("reuse_dataset_if_exists", "force_redownload")
 
 
 def load_from_hub(
-    dataset_id: str, subset: str | None, split: str, *, use_hf: bool, token: str | None, mode: str
+    dataset_id: str,
+    subset: str | None,
+    split: str,
+    *,
+    use_hf: bool,
+    token: str | None,
+    mode: str,
+    streaming: bool = False,
 ) -> Any:
-    """Return one subset and split as a `datasets.Dataset`.
+    """Return one subset and split as a `datasets.Dataset`, `streaming` as an `IterableDataset`.
 
     Raises UserError, with the hub's own reason, if that fails.
     """
     load: Callable[..., Any] = _from_huggingface if use_hf else _from_modelscope
     hub = "Hugging Face" if use_hf else "ModelScope"
     try:
-        return load(dataset_id, subset, split, token, mode)
+        return load(dataset_id, subset, split, token, mode, streaming)
     except Exception as error:  # the hubs raise all kinds, from ImportError to OSError
         lines = str(error).strip().splitlines() or ["no message"]
         other = "leave out --use_hf" if use_hf else "pass --use_hf true"
@@ -31,15 +38,22 @@ def load_from_hub(
 
 
 def _from_huggingface(
-    dataset_id: str, subset: str | None, split: str, token: str | None, mode: str
+    dataset_id: str, subset: str | None, split: str, token: str | None, mode: str, streaming: bool
 ) -> Any:
     from datasets import load_dataset
 
-    return load_dataset(dataset_id, name=subset, split=split, token=token, download_mode=mode)
+    return load_dataset(
+        dataset_id,
+        name=subset,
+        split=split,
+        token=token,
+        download_mode=mode,
+        streaming=streaming,
+    )
 
 
 def _from_modelscope(
-    dataset_id: str, subset: str | None, split: str, token: str | None, mode: str
+    dataset_id: str, subset: str | None, split: str, token: str | None, mode: str, streaming: bool
 ) -> Any:
     from modelscope import MsDataset
     from modelscope.utils.constant import DownloadMode
@@ -50,5 +64,6 @@ def _from_modelscope(
         split=split,
         token=token,
         download_mode=DownloadMode(mode),
+        use_streaming=streaming,
     )
     return loaded.to_hf_dataset() if isinstance(loaded, MsDataset) else loaded

@@ -6,26 +6,23 @@ datasets are concatenated or interleaved, and the training rows shuffled.
 
 import json
 import logging
-import random
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, concatenate_datasets, interleave_datasets
-from datasets.fingerprint import Hasher
 
-from swiftmeg.data.formats import Identity, rename_columns, standard_row
-from swiftmeg.data.hubs import DOWNLOAD_MODES, load_from_hub
+from swiftmeg.data.formats import Identity
+from swiftmeg.data.hubs import DOWNLOAD_MODES
 from swiftmeg.data.parallel import map_chunks
-from swiftmeg.data.readers import RawRow, chunks, data_files, parse_raw, read_raw
-from swiftmeg.data.registry import Subset
+from swiftmeg.data.readers import chunks
 from swiftmeg.data.rows import ROW_SCHEMA, Drops, Row, RowError
-from swiftmeg.data.specs import Source, parse_spec
+from swiftmeg.data.specs import Source
 from swiftmeg.data.store import cache_root, content_key, get_or_build
+from swiftmeg.data.subsets import OriginRow, ReadOptions, SubsetReader, open_dataset
 from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -68,10 +65,14 @@ def load_rows(
 
     Raises UserError for whatever is wrong with the flags or the data.
     """
-    _check(specs, split_dataset_ratio, interleave_prob, stopping_strategy, download_mode)
-    options = _Options(
+    check_mixing(specs, interleave_prob, stopping_strategy, download_mode)
+    if not 0 <= split_dataset_ratio < 1:
+        raise UserError(
+            f"--split_dataset_ratio {split_dataset_ratio}: accepted: from 0 to less than 1"
+        )
+    options = ReadOptions(
         columns=columns or {},
-        identity=Identity(_tuple(model_name), _tuple(model_author)),
+        identity=identity(model_name, model_author),
         data_seed=data_seed,
         num_proc=dataset_num_proc,
         strict=strict,
@@ -83,10 +84,8 @@ def load_rows(
     train_parts: list[Dataset] = []
     val_parts: list[Dataset] = []
     for index, spec in enumerate(specs):
-        source = parse_spec(spec, use_hf)
-        rows = concatenate_datasets(
-            [_load_subset(source, name, subset, options) for name, subset in source.subsets]
-        )
+        source, readers = open_dataset(spec, use_hf, options)
+        rows = concatenate_datasets([_load_subset(reader) for reader in readers])
         chooser = np.random.default_rng([data_seed, index])
         train, val = _split_and_sample(rows, source, split_dataset_ratio, chooser)
         train_parts.append(train)
@@ -109,36 +108,22 @@ def load_rows(
     return train.remove_columns(unused), val.remove_columns(unused) if val else None
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What the reading of every dataset depends on, as `load_rows` was told."""
-
-    columns: Mapping[str, str]
-    identity: Identity
-    data_seed: int
-    num_proc: int
-    strict: bool
-    hub_token: str | None
-    download_mode: str
-    cached: bool
-    for_training: bool
+def identity(model_name: list[str] | None, model_author: list[str] | None) -> Identity:
+    """What --model_name and --model_author say; raises UserError for more than two values."""
+    return Identity(
+        tuple(model_name) if model_name else None, tuple(model_author) if model_author else None
+    )
 
 
-def _tuple(values: list[str] | None) -> tuple[str, ...] | None:
-    return tuple(values) if values else None
-
-
-def _check(
+def check_mixing(
     specs: list[str],
-    ratio: float,
     interleave_prob: list[float] | None,
     stopping_strategy: str,
     download_mode: str,
 ) -> None:
+    """UserError for what is wrong with the datasets' flags before any of them is looked at."""
     if not specs:
         raise UserError("--dataset: give at least one dataset (a file, a folder, or a hub id)")
-    if not 0 <= ratio < 1:
-        raise UserError(f"--split_dataset_ratio {ratio}: accepted: from 0 to less than 1")
     if interleave_prob is not None:
         given = " ".join(map(str, interleave_prob))
         if len(interleave_prob) != len(specs):
@@ -156,48 +141,16 @@ def _check(
             raise UserError(f"{flag} {value}: unknown; accepted: {', '.join(accepted)}")
 
 
-def _load_subset(source: Source, name: str, subset: Subset, options: _Options) -> Dataset:
+def _load_subset(reader: SubsetReader) -> Dataset:
     """Return all usable rows of one subset, memory-mapped from the cache."""
-    described: list[Any]
-    origin_rows: Iterable[tuple[str, RawRow]]
-    if source.path is not None:
-        # A subset of a local folder is a subfolder; a registered file has no such thing.
-        folder = source.path / (subset.hub_subset or "")
-        files = data_files(folder, source.spec)
-        described = [[str(file.resolve()), *_version(file)] for file in files]
-        origin_rows = ((str(file), raw) for file in files for raw in read_raw(file))
-    else:
-        assert source.dataset_id is not None
-        hub_rows = load_from_hub(
-            source.dataset_id,
-            subset.hub_subset,
-            source.info.split,
-            use_hf=source.use_hf,
-            token=options.hub_token,
-            mode=options.download_mode,
-        )
-        described = [source.dataset_id, hub_rows._fingerprint]
-        origin = source.dataset_id
-        origin_rows = ((origin, raw) for raw in enumerate(hub_rows, 1))
-    columns = {**source.info.columns, **options.columns}
-    key = content_key(
-        [
-            _FORMAT,
-            described,
-            columns,
-            [options.identity.names, options.identity.authors, options.data_seed],
-            Hasher.hash(subset.preprocess),
-            options.for_training,
-        ]
-    )
-
-    def work(chunk: list[tuple[str, RawRow]]) -> tuple[pa.RecordBatch, Drops]:
-        return _standardise(chunk, columns, subset, options)
+    options, label = reader.options, reader.label
 
     def build(folder: Path) -> None:
-        _write(map_chunks(work, chunks(origin_rows, _CHUNK), options.num_proc), folder)
+        work = partial(_standardise, reader)
+        _write(map_chunks(work, chunks(reader.raw(), _CHUNK), options.num_proc), folder)
 
     if options.cached:
+        key = content_key([_FORMAT, *reader.describe()])
         folder = get_or_build(cache_root() / "rows" / key, build)
     else:
         _uncached.append(tempfile.TemporaryDirectory(prefix="swiftmeg-rows-"))
@@ -205,7 +158,6 @@ def _load_subset(source: Source, name: str, subset: Subset, options: _Options) -
         build(folder)
     rows = Dataset.from_file(str(folder / "data.arrow"))
     drops = Drops.from_json(json.loads((folder / "account.json").read_text(encoding="utf-8")))
-    label = source.spec if len(source.subsets) == 1 else f"{source.spec}, subset {name}"
     if options.strict and drops.total:
         raise UserError(f"--strict true: --dataset {label}: unusable rows: {drops}")
     logger.info(
@@ -219,40 +171,15 @@ def _load_subset(source: Source, name: str, subset: Subset, options: _Options) -
     return rows
 
 
-def _version(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _standardise(
-    chunk: list[tuple[str, RawRow]], columns: Mapping[str, str], subset: Subset, options: _Options
-) -> tuple[pa.RecordBatch, Drops]:
+def _standardise(reader: SubsetReader, chunk: list[OriginRow]) -> tuple[pa.RecordBatch, Drops]:
     standard: list[Row] = []
     drops = Drops()
-    for file, (number, raw) in chunk:
-        origin = f"{file}:{number}"
+    for row in chunk:
         try:
-            row = rename_columns(parse_raw(raw), columns)
-            if subset.preprocess is not None:
-                row = _preprocess(subset, row)
-            row = options.identity.fill(row)
-            chooser = random.Random(f"{options.data_seed} {origin}")
-            standard.append({**standard_row(row, chooser, options.for_training), "origin": origin})
+            standard.append(reader.standard(row))
         except RowError as error:
-            if options.strict:
-                raise UserError(f"--strict true: {origin}: {error}") from None
-            drops.add(origin, error)
-        except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
+            drops.add(f"{row[0]}:{row[1][0]}", error)
     return pa.RecordBatch.from_pylist(standard, schema=ROW_SCHEMA), drops
-
-
-def _preprocess(subset: Subset, row: Row) -> Row:
-    assert subset.preprocess is not None
-    try:
-        return subset.preprocess(row)
-    except (KeyError, TypeError, ValueError) as error:
-        raise RowError("the dataset's preprocessing failed", repr(error)) from None
 
 
 def _write(batches: Iterator[tuple[pa.RecordBatch, Drops]], folder: Path) -> None:

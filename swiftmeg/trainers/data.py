@@ -1,18 +1,26 @@
 """Training data: rows, tokens and order, up to the iterators that Megatron's loop draws from."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow.compute as pc
 
 from swiftmeg.args.combinations import FP8_MULTIPLE
 from swiftmeg.data.collate import Collator
 from swiftmeg.data.encode import encode_rows
+from swiftmeg.data.lazy import LazyDataset
 from swiftmeg.data.loader import BatchLoader, EvalLoader, eval_iters, train_iters
 from swiftmeg.data.packing import PackedDataset
 from swiftmeg.data.sources import load_rows
+from swiftmeg.data.stream import RowStream
 from swiftmeg.data.template import Template
 from swiftmeg.errors import UserError
+from swiftmeg.models.hf import HFModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -41,38 +49,45 @@ class TrainingData:
         """What Megatron calls for its iterators, with its groups made and a checkpoint loaded."""
         from megatron.core import mpu
 
-        args = self.args
-
         def provide(sizes: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-            shared = {
-                "micro_batch_size": args.micro_batch_size,
-                "global_batch_size": args.global_batch_size,
+            shared: dict[str, Any] = {
+                "micro_batch_size": self.args.micro_batch_size,
+                "global_batch_size": self.args.global_batch_size,
                 "dp_rank": mpu.get_data_parallel_rank(),
                 "dp_size": mpu.get_data_parallel_world_size(),
-                "num_workers": args.num_workers,
+                "num_workers": self.args.num_workers,
             }
-            train = BatchLoader(
-                self.train,
-                self.collate,
-                consumed_samples=megatron.consumed_train_samples,
-                seed=args.seed,
-                **shared,
-            )
             validation = None
             if self.validation is not None:
                 validation = EvalLoader(self.validation, self.collate, **shared).repeat()
-            return iter(train), validation, None
+            return iter(self.batches(megatron, shared)), validation, None
 
         return provide
 
+    def batches(self, megatron: Any, shared: dict[str, Any]) -> Iterable[Any]:
+        """This rank's training micro-batches, from where the run stands on."""
+        return BatchLoader(
+            self.train,
+            self.collate,
+            consumed_samples=megatron.consumed_train_samples,
+            seed=self.args.seed,
+            **shared,
+        )
 
-def make_template(args: Any, tokenizer: Any) -> Template:
+    def resume(self, saved: Any) -> None:
+        """Take what the namespace of a checkpoint that is continued says about the data."""
+
+    def before_save(self, megatron: Any) -> None:
+        """Put into Megatron's namespace, which is saved, what resuming needs; collective."""
+
+
+def make_template(args: Any, tokenizer: Any, max_length: int) -> Template:
     """The chat template that the template flags describe."""
     return Template(
         tokenizer,
         name=args.template,
         system=args.system,
-        max_length=args.max_length,
+        max_length=max_length,
         truncation_strategy=args.truncation_strategy,
         loss_scale=args.loss_scale or "default",
         use_chat_template=args.use_chat_template is not False,
@@ -88,12 +103,50 @@ def length_multiple(args: Any) -> int:
     return math.lcm(multiple, 2 * cp) if cp > 1 else int(multiple)
 
 
-def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
-    """Read and tokenise --dataset and --val_dataset; needs no process group."""
-    template = make_template(args, tokenizer)
-    options = {
+def prepare_data(args: Any, model: HFModel) -> TrainingData:
+    """Read and tokenise --dataset and --val_dataset; needs no process group.
+
+    With --streaming, --dataset is only looked at.
+    """
+    tokenizer = model.tokenizer()
+    max_length = args.max_length or int(model.megatron_args["max_position_embeddings"])
+    template = make_template(args, tokenizer, max_length)
+    pad_token = tokenizer.pad_token_id
+    collate = Collator(
+        pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
+        padding_free=args.padding_free or args.packing,
+        pad_to_multiple_of=length_multiple(args),
+        segment_multiple=2 * args.context_parallel_size if args.context_parallel_size > 1 else 1,
+    )
+    train_rows, validation_rows = _rows(args)
+
+    def encode(rows: Any) -> Any:
+        if args.lazy_tokenize:
+            return LazyDataset(rows, template, strict=args.strict)
+        encoded = encode_rows(rows, template, num_proc=args.dataset_num_proc, strict=args.strict)
+        return PackedDataset(encoded, max_length) if args.packing else encoded
+
+    validation = encode(validation_rows) if validation_rows is not None else None
+    if args.streaming:
+        from swiftmeg.trainers.streaming import StreamedData
+
+        stream = open_stream(args)
+        return StreamedData(
+            stream, validation, collate, max_length, args.train_iters, args, template
+        )
+    train = encode(train_rows)
+    if len(train) == 0:
+        raise UserError("--dataset: no row is left to train on")
+    longest = max_length
+    if not (args.packing or args.lazy_tokenize):
+        longest = pc.max(train.data.column("length")).as_py()
+    return TrainingData(train, validation, collate, longest, _train_iters(len(train), args), args)
+
+
+def row_options(args: Any) -> dict[str, Any]:
+    """How rows are read, in any way of reading them."""
+    return {
         "data_seed": args.data_seed,
-        "dataset_num_proc": args.dataset_num_proc,
         "columns": args.columns,
         "strict": args.strict,
         "model_name": args.model_name,
@@ -101,38 +154,47 @@ def prepare_data(args: Any, tokenizer: Any) -> TrainingData:
         "use_hf": args.use_hf,
         "hub_token": args.hub_token,
         "download_mode": args.download_mode,
-        "load_from_cache_file": args.load_from_cache_file,
     }
-    ratio = 0.0 if args.val_dataset else args.split_dataset_ratio
-    train_rows, validation_rows = load_rows(
+
+
+def open_stream(args: Any) -> RowStream:
+    """The stream of --dataset, of which some row can be used."""
+    stream = RowStream(
         args.dataset,
-        split_dataset_ratio=ratio,
-        dataset_shuffle=args.dataset_shuffle,
+        shuffle_buffer_size=args.shuffle_buffer_size if args.dataset_shuffle else 0,
         interleave_prob=args.interleave_prob,
         stopping_strategy=args.stopping_strategy,
-        **options,
+        **row_options(args),
     )
+    stream.check()
+    if args.split_dataset_ratio and not args.val_dataset:
+        logger.warning(
+            "--split_dataset_ratio %s: no rows are held out from a stream: name some by "
+            "--val_dataset",
+            args.split_dataset_ratio,
+        )
+    return stream
+
+
+def _rows(args: Any) -> tuple[Any, Any | None]:
+    """The rows to train on (None with --streaming) and the validation rows, if there are any."""
+    options = row_options(args) | {
+        "dataset_num_proc": args.dataset_num_proc,
+        "load_from_cache_file": args.load_from_cache_file,
+    }
+    train = validation = None
+    if not args.streaming:
+        train, validation = load_rows(
+            args.dataset,
+            split_dataset_ratio=0.0 if args.val_dataset else args.split_dataset_ratio,
+            dataset_shuffle=args.dataset_shuffle,
+            interleave_prob=args.interleave_prob,
+            stopping_strategy=args.stopping_strategy,
+            **options,
+        )
     if args.val_dataset:
-        validation_rows, _ = load_rows(args.val_dataset, dataset_shuffle=False, **options)
-
-    def encode(rows: Any) -> Any:
-        encoded = encode_rows(rows, template, num_proc=args.dataset_num_proc, strict=args.strict)
-        return PackedDataset(encoded, args.max_length) if args.packing else encoded
-
-    train = encode(train_rows)
-    validation = encode(validation_rows) if validation_rows is not None else None
-    longest = args.max_length if args.packing else max(train.data.column("length").to_pylist())
-    pad_token = tokenizer.pad_token_id
-    chunks = 2 * args.context_parallel_size if args.context_parallel_size > 1 else 1
-    collate = Collator(
-        pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
-        padding_free=args.padding_free or args.packing,
-        pad_to_multiple_of=length_multiple(args),
-        segment_multiple=chunks,
-    )
-    if len(train) == 0:
-        raise UserError("--dataset: no row is left to train on")
-    return TrainingData(train, validation, collate, longest, _train_iters(len(train), args), args)
+        validation, _ = load_rows(args.val_dataset, dataset_shuffle=False, **options)
+    return train, validation
 
 
 def _train_iters(rows: int, args: Any) -> int:

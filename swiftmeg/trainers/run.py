@@ -39,7 +39,7 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     check_writable("--save", _save_root(args, model))
     if args.load is None:
         check_names(model.family, model.config, HFWeights(model.folder))
-    data = prepare_data(args, model.tokenizer())
+    data = prepare_data(args, model)
     platform.prepare()
     distributed.initialize(args.distributed_timeout_minutes)
     settle_start(args, note)
@@ -89,6 +89,7 @@ def _run_loop(run: Run) -> None:
         saved = saved_arguments(Path(args.load), args.ckpt_step)
         check_same_model(megatron, saved, model, "--load", Path(args.load))
         keep_random_state(megatron, saved)
+        run.data.resume(saved)
     else:
 
         def load(models: list[Any]) -> list[Any]:
@@ -112,7 +113,12 @@ def _run_loop(run: Run) -> None:
     write_hf = _hf_writer(run, folder, megatron) if args.save_safetensors else None
     if args.async_save:
         upstream.write_in_background()
-    upstream.on_save(folder.before, folder.complete, write_hf)
+
+    def before_save(iteration: int) -> None:
+        folder.before(iteration)
+        run.data.before_save(megatron)
+
+    upstream.on_save(before_save, folder.complete, write_hf)
     pretrain(
         container,
         _begin_with(run, megatron),

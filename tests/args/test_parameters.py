@@ -83,12 +83,20 @@ class Context:
     def data(self) -> Any:
         from swiftmeg.trainers.data import prepare_data
 
-        return prepare_data(self.args, self.model.tokenizer())
+        return prepare_data(self.args, self.model)
 
 
 def train_rows(context: Context) -> Any:
     """The training rows' tokens and labels, packs as they are."""
     return [str(row) for row in context.data().train]
+
+
+def kind_of_data(context: Context) -> Any:
+    return type(context.data().train).__name__
+
+
+def stream_order(context: Context) -> Any:
+    return [row[1][1][0] for row in context.data().train.epoch(0)]
 
 
 def validation_rows(context: Context) -> Any:
@@ -239,6 +247,9 @@ DATA: dict[str, Row] = {
     "load_from_cache_file": ShownBy("tests/data/test_sources.py", "load_from_cache_file"),
     "download_mode": ShownBy("tests/data/test_sources.py", "force_redownload"),
     "hub_token": Changes("secret", written_token, "secret"),
+    "streaming": Changes(True, kind_of_data, "RowStream"),
+    "shuffle_buffer_size": Changes(2, stream_order, flags={"streaming": True}),
+    "lazy_tokenize": Changes(True, kind_of_data, "LazyDataset"),
     "packing": Changes(True, train_rows, flags={"max_length": 300}),
     "padding_free": Changes(False, lambda c: c.data().collate.padding_free, False),
 }  # fmt: skip
@@ -427,9 +438,6 @@ PLANNED: dict[str, Row] = {
             ("num_virtual_stages_per_pipeline_rank", 2), ("pipeline_model_parallel_layout", "t|t"),
         )
     },
-    "streaming": Refused(True, "--streaming true: reading rows while training is not supported"),
-    "shuffle_buffer_size": Refused(10, "it belongs to --streaming"),
-    "lazy_tokenize": Refused(True, "tokenising while training is not supported yet"),
     "packing_cache": Refused("x", "packing needs no folder of its own"),
     "cached_dataset": Refused(["x"], "name the rows by --dataset"),
     "mlp_padding_free": Refused(True, "use --padding_free true"),

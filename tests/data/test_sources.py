@@ -136,7 +136,7 @@ def test_the_cache_is_used_when_allowed(tmp_path, monkeypatch, cached):
     def fail(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr("swiftmeg.data.sources.read_raw", fail)
+    monkeypatch.setattr("swiftmeg.data.subsets.read_raw", fail)
     if cached:
         assert len(load_rows([path])[0]) == 2
     else:
@@ -368,11 +368,11 @@ def hub_calls(monkeypatch):
     calls = []
     rows = Dataset.from_list([{"query": "who", "response": "{{NAME}} {{AUTHOR}}", "tag": "en"}])
 
-    def huggingface(dataset_id, subset, split, token, mode):
+    def huggingface(dataset_id, subset, split, token, mode, streaming):
         calls.append(("hf", dataset_id, subset, split, token, mode))
         return rows
 
-    def modelscope(dataset_id, subset, split, token, mode):
+    def modelscope(dataset_id, subset, split, token, mode, streaming):
         calls.append(("ms", dataset_id, subset, split, token, mode))
         return rows
 
@@ -461,8 +461,8 @@ def test_the_hubs_own_loaders_are_called(monkeypatch):
         loaded, _ = load_rows([spec], download_mode=mode, hub_token="T")
         assert answers(loaded) == ["x"]
     options = {"split": "train", "token": "T", "download_mode": mode}
-    assert calls["ms"] == ("a/b", {"subset_name": "s", **options})
-    assert calls["hf"] == ("a/b", {"name": "s", **options})
+    assert calls["ms"] == ("a/b", {"subset_name": "s", "use_streaming": False, **options})
+    assert calls["hf"] == ("a/b", {"name": "s", "streaming": False, **options})
 
 
 def test_registering(tmp_path):

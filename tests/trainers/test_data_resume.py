@@ -1,0 +1,99 @@
+"""A run that is continued, on as many data-parallel ranks or others, sees the rows it would have.
+
+Every row has a loss of its own, so equal losses mean equal samples.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.tiny import save_model
+
+STEPS = 7
+SAVED = 3
+
+MODES: dict[str, dict[str, Any]] = {
+    "packed": {"packing": "true", "max_length": 128},
+    "streaming": {"streaming": "true"},
+    "streaming-packed": {"streaming": "true", "packing": "true", "max_length": 128},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and 30 rows of which some are broken: the runs go through them twice and more."""
+    folder = tmp_path_factory.mktemp("data-resume")
+    save_model(folder / "model", "llama", num_hidden_layers=1)
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(30):
+            ask = {"role": "user", "content": f"question {i} " + "x" * (7 * i % 20)}
+            answer = {"role": "assistant", "content": "yes " * (1 + 5 * i % 7)}
+            file.write("broken\n" if i % 8 == 0 else json.dumps({"messages": [ask, answer]}) + "\n")
+    return folder
+
+
+def train(argv: list[str]) -> None:
+    """`megatron sft` on one rank of a job."""
+    from swiftmeg.cli.sft import main
+
+    main(argv)
+
+
+def run(work: Path, save: str, world: int, **changes: Any) -> dict[str, dict[str, float]]:
+    """Train; returns the lines of logging.jsonl by step."""
+    settings = {
+        "model": work / "model",
+        "dataset": work / "rows.jsonl",
+        "train_iters": STEPS,
+        "lr_decay_iters": STEPS,
+        "micro_batch_size": 1,
+        "global_batch_size": 4,
+        "shuffle_buffer_size": 1000,
+        "lr": 1e-3,
+        "log_interval": 1,
+        "save_interval": STEPS,
+        "num_workers": 2,
+        "save": work / save,
+        "add_version": "false",
+        "save_safetensors": "false",
+    } | changes
+    argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    run_ranks(world, train, argv)
+    lines = (work / save / "logging.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["global_step/max_steps"].split("/")[0]: record for record in records}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_continued_runs_see_the_same_samples(work: Path, mode: str) -> None:
+    flags = MODES[mode]
+    whole = run(work, f"{mode}-whole", 1, **flags)
+    half = run(work, f"{mode}-half", 2, train_iters=SAVED, save_interval=SAVED, **flags)
+    assert len({record["lm loss"] for record in whole.values()}) == STEPS
+    found = {1: half}
+    for world in (1, 2):
+        load = {"load": work / f"{mode}-half"}
+        found[world + 1] = run(work, f"{mode}-{world}", world, **load, **flags)
+        assert list(found[world + 1]) == [str(step) for step in range(SAVED + 1, STEPS + 1)]
+    for records in found.values():
+        for step, record in records.items():
+            for key in ("lm loss", "consumed_samples"):
+                assert record[key] == pytest.approx(whole[step][key], rel=1e-5), step
+
+
+def test_a_stream_is_not_continued_as_another(work: Path) -> None:
+    flags = MODES["streaming"]
+    run(work, "other", 1, train_iters=1, save_interval=1, **flags)
+    again = {"load": work / "other", **flags}
+    with pytest.raises(
+        RuntimeError, match="--streaming true: the checkpoint's run read other data"
+    ):
+        run(work, "other-2", 1, data_seed=7, **again)
+    with pytest.raises(RuntimeError, match=r"--global_batch_size 8: .* was dealt out for 4"):
+        run(work, "other-3", 1, global_batch_size=8, **again)
+    run(work, "plain", 1, train_iters=1, save_interval=1)
+    with pytest.raises(RuntimeError, match="the checkpoint's run did not read a stream"):
+        run(work, "other-4", 1, load=work / "plain", **flags)
