@@ -7,9 +7,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
@@ -30,7 +32,13 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen2_moe": Qwen2MoeConfig,
+    "deepseek_v3": DeepseekV3Config,
+}
 
 
 def save_model(
@@ -42,17 +50,20 @@ def save_model(
 ) -> Path:
     """Write a randomised model of `family` with its tokenizer; `sizes` override SIZES."""
     settings = SIZES | sizes
-    if family == "qwen2":
+    if family in ("qwen2", "qwen2_moe", "deepseek_v3"):
         settings.pop("head_dim")
     config = CONFIGS[family](**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        biases = [(n, b) for n, b in model.named_buffers() if n.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *biases]:
             scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[-1] ** 0.5
             parameter.normal_(0.0, scale)
             if "norm" in name:
                 parameter.add_(1.0)
+            if name.endswith("correction_bias"):
+                parameter.mul_(0.2)  # every expert shall get tokens
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     save_tokenizer(folder, settings["vocab_size"])
     return folder

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from swiftmeg.args.moe import ExpertShapeArguments, LatentShapeArguments, check_pattern
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import ROPE_TYPES
 from swiftmeg.models.hf import HFModel
@@ -146,7 +147,10 @@ def _check_shapes(model: HFModel, args: Any) -> None:
         "disable_bias_linear": not built.get("mlp_bias", False),
         "padded_vocab_size": built["vocab_size"],
         "rotary_percent": built.get("rotary_percent", 1.0),
+        "moe_router_topk_scaling_factor": built.get("moe_router_topk_scaling_factor") or 1.0,
     }
+    check_pattern(model, getattr(args, "moe_layer_freq", None))
+    del has["moe_layer_freq"]
     for name, value in has.items():
         wanted = getattr(args, name, None)
         if wanted is not None and wanted != value:
@@ -158,7 +162,8 @@ def _check_shapes(model: HFModel, args: Any) -> None:
 
 
 def _shape_names() -> list[str]:
-    return [field.name for field in dataclasses.fields(ShapeArguments)]
+    groups = (ShapeArguments, ExpertShapeArguments, LatentShapeArguments)
+    return [field.name for group in groups for field in dataclasses.fields(group)]
 
 
 def _rope_changes(model: HFModel, args: Any) -> dict[str, Any] | None:

@@ -11,9 +11,14 @@ from swiftmeg.args.model import (
     PromptArguments,
     TemplateArguments,
 )
-from swiftmeg.args.moe import ExpertParallelArguments
+from swiftmeg.args.moe import (
+    ExpertArguments,
+    ExpertParallelArguments,
+    ExpertShapeArguments,
+    LatentShapeArguments,
+    PredictionArguments,
+)
 from swiftmeg.args.planned import (
-    MoeArguments,
     PlannedArguments,
     PlannedLayoutArguments,
     PlannedModelArguments,
@@ -30,9 +35,13 @@ class SftArguments(
     LoopArguments,
     MegatronArguments,
     ExpertParallelArguments,
+    ExpertArguments,
+    PredictionArguments,
     FreezingArguments,
     OverrideArguments,
     ShapeArguments,
+    ExpertShapeArguments,
+    LatentShapeArguments,
     PlannedArguments,
 ):
     """megatron sft: train on the assistant turns of conversations."""
@@ -86,7 +95,9 @@ class ExportArguments(
     ExpertParallelArguments,
     OverrideArguments,
     ShapeArguments,
-    MoeArguments,
+    ExpertShapeArguments,
+    LatentShapeArguments,
+    PredictionArguments,
     PlannedLayoutArguments,
     PlannedModelArguments,
 ):

@@ -83,7 +83,9 @@ def _argparse_type(annotation: Any) -> dict[str, Any]:
     if origin is Literal:
         return {"choices": list(members), "type": type(members[0])}
     if origin is list:
-        return {"nargs": "*", "type": _argparse_type(members[0])["type"], "metavar": "V"}
+        inner = _argparse_type(members[0])
+        choices = {"choices": inner["choices"]} if "choices" in inner else {}
+        return {"nargs": "*", "type": inner["type"], "metavar": "V", **choices}
     if annotation is bool:
         return {"type": _boolean, "nargs": "?", "const": True, "metavar": "true|false"}
     if origin is dict or annotation is dict:

@@ -64,72 +64,6 @@ class PreferenceArguments(PlannedFlags):
 
 
 @dataclass
-class MoeArguments(PlannedFlags):
-    """Mixture of experts"""
-
-    num_experts: int | None = None
-    """Experts per layer."""
-    moe_layer_freq: str | None = None
-    """Which layers have experts."""
-    moe_ffn_hidden_size: int | None = None
-    """Hidden size of an expert."""
-    moe_shared_expert_intermediate_size: int | None = None
-    """Hidden size of all shared experts together."""
-    moe_router_topk: int | None = None
-    """Experts per token."""
-    moe_router_pre_softmax: bool | None = None
-    """Softmax before the choice of experts."""
-    moe_router_dtype: Literal["none", "fp32", "fp64"] = "fp32"
-    """Dtype of the router."""
-    moe_router_score_function: Literal["sigmoid", "softmax"] | None = None
-    """Scores of the router."""
-    moe_router_bias_update_rate: float = 1e-3
-    """Step of the experts' bias."""
-    moe_router_enable_expert_bias: bool | None = None
-    """Balance experts by a bias instead of a loss."""
-    moe_router_topk_scaling_factor: float | None = None
-    """Factor on the experts' output."""
-    moe_router_load_balancing_type: (
-        Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"] | None
-    ) = None
-    """How experts are balanced."""
-    moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex", "alltoall_seq"] = "alltoall"
-    """How tokens reach their experts."""
-    moe_enable_deepep: bool = False
-    """Dispatch tokens with DeepEP's kernels."""
-    moe_grouped_gemm: bool = False
-    """Compute a rank's experts in one grouped product."""
-    moe_permute_fusion: bool = False
-    """Fuse the permutation of tokens."""
-    moe_aux_loss_coeff: float | None = None
-    """Weight of the balancing loss."""
-    moe_z_loss_coeff: float | None = None
-    """Weight of the router's z-loss."""
-    moe_expert_capacity_factor: float | None = None
-    """Most tokens of an expert, as a multiple of the mean. None drops no token."""
-    moe_shared_expert_overlap: bool = False
-    """Compute shared experts while tokens travel."""
-    moe_token_drop_policy: Literal["probs", "position"] = "probs"
-    """Which tokens are dropped."""
-
-
-@dataclass
-class MlaArguments(PlannedFlags):
-    """Multi-latent attention"""
-
-    multi_latent_attention: bool = False
-    """Attention over compressed keys and values."""
-    q_lora_rank: int | None = None
-    """Rank of the compressed queries."""
-    kv_lora_rank: int | None = None
-    """Rank of the compressed keys and values."""
-    qk_head_dim: int | None = None
-    """Size of the part of a head without positions."""
-    qk_pos_emb_head_dim: int | None = None
-    """Size of the part of a head with positions."""
-
-
-@dataclass
 class PlannedLayoutArguments(PlannedFlags):
     """Virtual pipeline parallelism"""
 
@@ -207,8 +141,6 @@ class PlannedModelArguments(PlannedFlags):
 class PlannedArguments(
     LoraArguments,
     PreferenceArguments,
-    MoeArguments,
-    MlaArguments,
     PlannedLayoutArguments,
     PlannedDataArguments,
     PlannedModelArguments,
@@ -218,17 +150,10 @@ class PlannedArguments(
 
 OFF: dict[str, tuple[Any, ...]] = {
     "adapter_load": ("",),
-    "moe_aux_loss_coeff": (0.0,),
-    "moe_layer_freq": ("1",),
-    "moe_router_dtype": ("none",),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_router_pre_softmax": (False,),
-    "moe_token_dispatcher_type": ("allgather",),
     "virtual_pipeline_model_parallel_size": (1,),
     "num_virtual_stages_per_pipeline_rank": (1,),
     "template_backend": ("swift",),
     "apply_query_key_layer_scaling": (False,),
-    "num_experts": (0,),
 }
 """Values that mean "off" beside the default."""
 
@@ -237,10 +162,6 @@ REASONS = {
     "target_regex": "LoRA is not supported yet (--target_modules will take suffixes)",
     "rlhf_type": "there is no megatron rlhf yet: megatron sft and megatron pt are there",
     "loss_type": "preference training is not supported yet; it will start with sigmoid alone",
-    "moe_token_dispatcher_type": "mixture of experts is not supported yet; alltoall_seq is gone "
-    "from Megatron, whose alltoall does the same",
-    "moe_expert_capacity_factor": "mixture of experts is not supported yet, and no config.json "
-    "says a capacity: drop it",
     "packing_cache": "packing needs no folder of its own; tokenised rows are kept in "
     "$SWIFTMEG_CACHE: drop it",
     "cached_dataset": "tokenised rows are kept in $SWIFTMEG_CACHE: name the rows by --dataset",

@@ -6,6 +6,7 @@ from typing import Any
 from swiftmeg import platform
 from swiftmeg.args.architecture import OVERRIDES, with_overrides
 from swiftmeg.args.model import DataArguments
+from swiftmeg.args.moe import complete_experts
 from swiftmeg.args.parser import parse_flags
 from swiftmeg.args.planned import check_planned
 from swiftmeg.args.plugins import load_plugins
@@ -62,6 +63,7 @@ def read_training_arguments(
     args, sources, model = read_command(cls, argv, prog, "load")
     args.model = str(model.folder)
     _choose_dtype(args, sources, model)
+    complete_experts(args, sources, model)
     return args, sources, model
 
 

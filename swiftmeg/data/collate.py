@@ -26,7 +26,8 @@ class Collator:
 
     Otherwise tensors are [rows, T], padded on the right, without `cu_seqlens`.
 
-    `num_tokens` (int64, no dimension) counts the tokens of the rows, padding left out.
+    `samples` (int64) numbers the rows of the micro-batch from 1 and is 0 on padding. `num_tokens`
+    and `num_samples` (int64, no dimension) count the rows' tokens, padding left out, and the rows.
     """
 
     def __init__(
@@ -58,20 +59,30 @@ class Collator:
             raise ValueError("a micro-batch needs at least one row")
         tokens = sum(len(ids) for ids, _ in samples)
         batch = self._flat(samples) if self.padding_free else self._padded(samples)
-        return batch | {"num_tokens": torch.tensor(tokens)}
+        return batch | {
+            "num_tokens": torch.tensor(tokens),
+            "num_samples": torch.tensor(len(samples)),
+        }
 
     def _flat(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        real = [len(ids) for ids, _ in samples]
         samples = [self._whole_chunks(ids, labels) for ids, labels in samples]
         lengths = [len(ids) for ids, _ in samples]
         padding = self._padded_length(sum(lengths)) - sum(lengths)
         if padding:
             samples = [*samples, self._filling(padding)]
             lengths.append(padding)
+            real.append(0)
+        numbers = [
+            (torch.arange(length) < inside) * number
+            for number, (inside, length) in enumerate(zip(real, lengths, strict=True), 1)
+        ]
         borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return {
             "input_ids": torch.cat([ids for ids, _ in samples])[None],
             "labels": torch.cat([labels for _, labels in samples])[None],
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "samples": torch.cat(numbers)[None],
             "cu_seqlens": borders,
             "max_seqlen": torch.tensor(max(lengths), dtype=torch.int32),
         }
@@ -88,11 +99,18 @@ class Collator:
         width = self._padded_length(max(len(ids) for ids, _ in samples))
         input_ids = torch.full((len(samples), width), self.pad_token_id)
         labels = torch.full((len(samples), width), IGNORE)
+        numbers = torch.zeros((len(samples), width), dtype=torch.int64)
         for index, (ids, targets) in enumerate(samples):
             input_ids[index, : len(ids)] = ids
             labels[index, : len(ids)] = targets
+            numbers[index, : len(ids)] = index + 1
         positions = torch.arange(width).repeat(len(samples), 1)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": positions}
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": positions,
+            "samples": numbers,
+        }
 
     def _padded_length(self, length: int) -> int:
         if self.fixed_length is not None:

@@ -28,6 +28,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
+from swiftmeg.models.native import NativeSpecProvider
 
 
 def choose_backend(transformer_impl: str | None) -> str:
@@ -53,8 +54,6 @@ def _provider(backend: str) -> BackendSpecProvider:
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return TESpecProvider()
-    from swiftmeg.models.native import NativeSpecProvider
-
     return NativeSpecProvider()
 
 
@@ -185,10 +184,16 @@ def _mlp(provider: BackendSpecProvider, switches: LayerSwitches) -> Any:
 
 
 def _experts(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
-    """Router, experts computed together, and shared experts where the model has them."""
+    """Router, experts, and shared experts where the model has them.
+
+    Experts are of one kind in both backends, for the sake of their parameters' names: where they
+    are not to be computed together, the native ones run one after the other.
+    """
     layer = get_moe_module_spec_for_backend(
         provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
     submodules = layer.keywords["submodules"]
     submodules.router = Router
+    if not config.moe_grouped_gemm:
+        submodules.experts = NativeSpecProvider().grouped_mlp_modules(False)
     return partial(MoELayer, submodules=submodules)

@@ -131,6 +131,7 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
         from swiftmeg.trainers.streaming import StreamedData
 
         stream = open_stream(args)
+        collate.fixed_length = _fixed_length(args, max_length)
         return StreamedData(
             stream, validation, collate, max_length, args.train_iters, args, template
         )
@@ -140,6 +141,7 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
     longest = max_length
     if not (args.packing or args.lazy_tokenize):
         longest = pc.max(train.data.column("length")).as_py()
+    collate.fixed_length = _fixed_length(args, max_length, train, validation)
     return TrainingData(train, validation, collate, longest, _train_iters(len(train), args), args)
 
 
@@ -195,6 +197,19 @@ def _rows(args: Any) -> tuple[Any, Any | None]:
     if args.val_dataset:
         validation, _ = load_rows(args.val_dataset, dataset_shuffle=False, **options)
     return train, validation
+
+
+def _fixed_length(args: Any, max_length: int, *sets: Any) -> int | None:
+    """Tokens of every micro-batch where ranks with experts must bring as many, else None."""
+    equal = args.moe_token_dispatcher_type == "allgather" or args.moe_pad_expert_input_to_capacity
+    if not equal or args.expert_model_parallel_size == 1:
+        return None
+    longest = max_length
+    if not (args.packing or args.lazy_tokenize or args.streaming):
+        longest = max(pc.max(rows.data.column("length")).as_py() for rows in sets if rows)
+    multiple = length_multiple(args)
+    samples = args.micro_batch_size if args.padding_free or args.packing else 1
+    return int(samples * math.ceil(longest / multiple) * multiple)
 
 
 def _train_iters(rows: int, args: Any) -> int:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from swiftmeg import platform
+from swiftmeg.args.moe import expert_flags, prediction_flags
 from swiftmeg.args.parse import layout_attributes, megatron_flags, megatron_namespace, model_flags
 from swiftmeg.errors import UserError
 from swiftmeg.models.build import padded_vocab_size
@@ -22,6 +23,8 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
     flags = model_flags(model.megatron_args)
     given = {k: v for k, v in megatron_flags(args).items() if v is not None}
     flags |= given
+    flags |= expert_flags(args, model.megatron_args, fused=backend == "transformer_engine")
+    flags |= prediction_flags(model.megatron_args)
     multiple = length_multiple(args)
     seq_length = args.seq_length or math.ceil(data.longest / multiple) * multiple
     flags |= {
@@ -62,7 +65,19 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
     # Megatron switches it off without a worker of its own, which takes tensors over shared memory:
     # on CPUs training would change them while they are written. There a forked process writes.
     namespace.async_save = args.async_save
+    namespace.moe_grouped_gemm = bool(namespace.num_experts) and args.moe_grouped_gemm
+    _keep_lists(namespace, args)
     return namespace
+
+
+def _keep_lists(namespace: argparse.Namespace, args: Any) -> None:
+    """Undo that Megatron takes the only type of balancing out of its list.
+
+    Its log looks for `aux_loss` in it, and would find that in the name `seq_aux_loss` too.
+    """
+    if any(args.moe_aux_loss_coeff or ()):
+        namespace.moe_router_load_balancing_type = args.moe_router_load_balancing_type
+        namespace.moe_aux_loss_coeff = args.moe_aux_loss_coeff
 
 
 def _logging_level(name: str | None) -> int | None:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from swiftmeg.models.context import cut_batch
+from swiftmeg.models.moe import token_marks
 from swiftmeg.trainers.log import TokenCounter
 
 IGNORED = -100
@@ -53,6 +55,13 @@ def loss_function(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[st
     return total, count.to(torch.int), {"lm loss": report}
 
 
+def _marks(model: Any, samples: Tensor, labels: Tensor, count: int) -> Tensor | None:
+    """What routers have to know of the tokens; None where the model has no experts."""
+    if get_model_config(model).num_moe_experts is None:
+        return None
+    return token_marks(samples, labels != IGNORED, count)
+
+
 def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
     """The forward step that Megatron's schedules call for every micro-batch."""
 
@@ -62,6 +71,7 @@ def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
         batch = next(iterator)
         counter.add(batch)
         longest = batch.pop("max_seqlen", None)  # wanted on the host
+        count = int(batch.pop("num_samples"))
         batch = to_device(batch)
         if mpu.get_context_parallel_world_size() > 1:
             batch = cut_batch(
@@ -75,7 +85,9 @@ def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
             batch["position_ids"],
             None,
             labels=labels.clamp(min=0),
+            loss_mask=mask,
             packed_seq_params=packed,
+            padding_mask=_marks(model, batch["samples"], labels, count),
         )
         return output, partial(loss_function, mask)
 

@@ -19,6 +19,7 @@ import pytest
 from swiftmeg.args.aliases import aliases_of
 from swiftmeg.args.check import check_training, checkpoint_defaults
 from swiftmeg.args.commands import ExportArguments, PtArguments, SftArguments
+from swiftmeg.args.moe import expert_flags
 from swiftmeg.args.planned import OFF, default_of, planned_flags
 from swiftmeg.args.training import read_command, read_training_arguments
 from swiftmeg.errors import UserError
@@ -170,6 +171,11 @@ def export_shard(context: Context) -> Any:
     return check_export(context.args, context.model)[1]
 
 
+def permutes_fused(context: Context) -> Any:
+    """Whether tokens would be sorted in one kernel where TransformerEngine is there."""
+    return expert_flags(context.args, context.model.megatron_args, True)["moe_permute_fusion"]
+
+
 SELF = {"dataset": ["self-cognition#8"], "model_name": ["Eve"], "model_author": ["Dan"]}
 SCALE = '{"rope_type": "linear", "factor": 4.0}'
 PP2 = {"pipeline_model_parallel_size": 2, "WORLD_SIZE": "2"}
@@ -181,8 +187,32 @@ FULL = {
 TWO_SETS = {"dataset": ["rows.jsonl", "other.jsonl"]}
 PRECISE = {"use_precision_aware_optimizer": True}
 FP8 = {"fp8_format": "hybrid"}
+MOE_SIZES = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+             "shared_expert_intermediate_size": 20}  # fmt: skip
+MOE = {"model": "moe"}
+MOE2 = MOE | {"WORLD_SIZE": "2"}
 
 ARCHITECTURE: dict[str, Row] = {
+    **{
+        name: Refused(value, f"--{name} .* contradicts --model .*: drop it")
+        for name, value in (
+            ("num_experts", 8),
+            ("moe_ffn_hidden_size", 8),
+            ("moe_router_topk", 2),
+            ("moe_shared_expert_intermediate_size", 8),
+            ("moe_router_pre_softmax", True),
+            ("moe_router_score_function", "sigmoid"),
+            ("moe_router_enable_expert_bias", True),
+            ("moe_router_topk_scaling_factor", 2.0),
+            ("multi_latent_attention", True),
+            ("q_lora_rank", 8),
+            ("kv_lora_rank", 8),
+            ("qk_head_dim", 8),
+            ("qk_pos_emb_head_dim", 8),
+            ("v_head_dim", 8),
+        )
+    },
+    "moe_layer_freq": Refused("2", "--moe_layer_freq 2: .* has no experts: drop it"),
     "num_layers": Refused(8, "--num_layers 8 contradicts .*num_layers=4: drop it"),
     "hidden_size": Refused(64, "weights have hidden_size=48"),
     "ffn_hidden_size": Refused(64, "weights have ffn_hidden_size=84"),
@@ -366,8 +396,26 @@ MEGATRON: dict[str, Row] = {
     ),
     "wandb_exp_name": Sets("e", "wandb_exp_name"),
     "wandb_save_dir": Sets("w", "wandb_save_dir"),
-    "expert_model_parallel_size": Refused(2, "the model has no experts: drop it"),
-    "expert_tensor_parallel_size": Refused(2, "the model has no experts: drop it"),
+    "expert_model_parallel_size": Sets(2, "expert_model_parallel_size", flags=MOE2),
+    "expert_tensor_parallel_size": Sets(2, "expert_tensor_parallel_size", flags=MOE2),
+    "moe_router_dtype": Sets("fp64", "moe_router_dtype", flags=MOE),
+    "moe_router_bias_update_rate": Sets(0.1, "moe_router_bias_update_rate", flags=MOE),
+    "moe_router_load_balancing_type": Sets(["seq_aux_loss"], "moe_router_load_balancing_type",
+                                           flags=MOE | {"moe_aux_loss_coeff": [0.1]}),
+    "moe_aux_loss_coeff": Sets([0.1], "moe_aux_loss_coeff", flags=MOE),
+    "moe_z_loss_coeff": Sets(0.1, "moe_z_loss_coeff", flags=MOE),
+    "moe_expert_capacity_factor": Sets(1.5, "moe_expert_capacity_factor", flags=MOE),
+    "moe_token_drop_policy": Sets("position", "moe_token_drop_policy", flags=MOE),
+    "moe_pad_expert_input_to_capacity": Sets(True, "moe_pad_expert_input_to_capacity",
+                                             flags=MOE | {"moe_expert_capacity_factor": 1.5}),
+    "moe_token_dispatcher_type": ShownBy("tests/layouts/test_experts.py",
+                                         '"moe_token_dispatcher_type": "allgather"'),
+    "moe_enable_deepep": Refused(True, "needs --moe_token_dispatcher_type flex", flags=MOE),
+    "moe_grouped_gemm": ShownBy("tests/models/test_experts.py", "grouped_product"),
+    "moe_permute_fusion": Changes(False, permutes_fused, False, flags=MOE),
+    "moe_shared_expert_overlap": Sets(True, "moe_shared_expert_overlap",
+                                      flags=MOE | {"moe_token_dispatcher_type": "alltoall"}),
+    "mtp_num_layers": Refused(1, "has no multi-token prediction"),
     "eval_iters": Sets(3, "eval_iters", flags={"split_dataset_ratio": 0.25}),
     "eval_interval": Sets(6, "eval_interval"),
     "fp16": Refused(True, "fp16 training needs a GPU"),
@@ -405,29 +453,6 @@ PLANNED: dict[str, Row] = {
         for name, value in (
             ("ref_load", "x"), ("beta", 0.5), ("rpo_alpha", 0.0), ("reference_free", True),
             ("label_smoothing", 0.1), ("f_divergence_type", "js_divergence"),
-        )
-    },
-    "moe_token_dispatcher_type": Refused("alltoall_seq", "whose alltoall does the same"),
-    "moe_expert_capacity_factor": Refused(1.0, "no config.json says a capacity: drop it"),
-    **{
-        name: Refused(value, f"--{name} .*: Mixture of experts is not supported yet: drop it")
-        for name, value in (
-            ("num_experts", 8), ("moe_layer_freq", "2"), ("moe_ffn_hidden_size", 8),
-            ("moe_shared_expert_intermediate_size", 8), ("moe_router_topk", 2),
-            ("moe_router_pre_softmax", True), ("moe_router_dtype", "fp64"),
-            ("moe_router_score_function", "sigmoid"), ("moe_router_bias_update_rate", 0.1),
-            ("moe_router_enable_expert_bias", True), ("moe_router_topk_scaling_factor", 2.0),
-            ("moe_router_load_balancing_type", "aux_loss"), ("moe_enable_deepep", True),
-            ("moe_grouped_gemm", True), ("moe_permute_fusion", True), ("moe_aux_loss_coeff", 0.1),
-            ("moe_z_loss_coeff", 0.1), ("moe_shared_expert_overlap", True),
-            ("moe_token_drop_policy", "position"),
-        )
-    },
-    **{
-        name: Refused(value, f"--{name} .*: Multi-latent attention is not supported yet")
-        for name, value in (
-            ("multi_latent_attention", True), ("q_lora_rank", 8), ("kv_lora_rank", 8),
-            ("qk_head_dim", 8), ("qk_pos_emb_head_dim", 8),
         )
     },
     **{
@@ -478,6 +503,7 @@ CONVERSION: dict[str, Row] = SHARED | {
     "tensor_model_parallel_size": Refused(2, "1 process cannot be split"),
     "expert_model_parallel_size": Refused(2, "the model has no experts: drop it"),
     "expert_tensor_parallel_size": Refused(2, "the model has no experts: drop it"),
+    "mtp_num_layers": Refused(1, "has no multi-token prediction"),
     "pipeline_model_parallel_size": Refused(2, "1 process cannot be split"),
     "extra_megatron_kwargs": ShownBy("tests/layouts/test_conversion.py", "extra_megatron_kwargs"),
     **{
@@ -525,6 +551,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = tmp_path_factory.mktemp("parameters")
     save_model(work / "llama", "llama")
     save_model(work / "qwen", "qwen3")
+    save_model(work / "moe", "qwen2_moe", **MOE_SIZES)
     lines = []
     for i in range(12):
         turns = [("user", f"question {i}"), ("assistant", "yes " * (i + 1)), ("user", "and?")]

@@ -33,7 +33,10 @@ def test_padding_free():
         "cu_seqlens": torch.int32,
         "max_seqlen": torch.int32,
         "num_tokens": torch.int64,
+        "samples": torch.int64,
+        "num_samples": torch.int64,
     }
+    assert batch["num_samples"].item() == 2
     assert batch["max_seqlen"].dim() == 0
 
 
@@ -44,7 +47,14 @@ def test_padding_is_a_segment_of_its_own(options):
     assert batch["labels"].tolist() == [[-100, 3, -100, 5, -100, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 5, 8]
+    assert batch["samples"].tolist() == [[1, 1, 1, 2, 2, 0, 0, 0]]
     assert batch["num_tokens"].item() == 5
+
+
+def test_padding_within_a_segment_belongs_to_no_sample():
+    batch = Collator(PAD, segment_multiple=4, pad_to_multiple_of=4)([row(1, 2, 3), row(4, 5)])
+    assert batch["cu_seqlens"].tolist() == [0, 4, 8]
+    assert batch["samples"].tolist() == [[1, 1, 1, 0, 2, 2, 0, 0]]
 
 
 def test_a_full_row_gets_no_padding():
@@ -55,7 +65,10 @@ def test_a_full_row_gets_no_padding():
 @pytest.mark.parametrize("options", [{"pad_to_multiple_of": 4}, {"fixed_length": 4}])
 def test_padded(options):
     batch = Collator(PAD, padding_free=False, **options)([row(1, 2, 3, trained=2), row(4, 5)])
-    assert batch.keys() == {"input_ids", "labels", "position_ids", "num_tokens"}
+    assert batch.keys() == {
+        "input_ids", "labels", "position_ids", "samples", "num_tokens", "num_samples",
+    }  # fmt: skip
+    assert batch["samples"].tolist() == [[1, 1, 1, 0], [2, 2, 0, 0]]
     assert batch["num_tokens"].item() == 5
     assert batch["input_ids"].tolist() == [[1, 2, 3, PAD], [4, 5, PAD, PAD]]
     assert batch["labels"].tolist() == [[2, 3, -100, -100], [5, -100, -100, -100]]

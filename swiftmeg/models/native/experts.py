@@ -46,13 +46,14 @@ class _GroupedProduct(torch.autograd.Function):
         return for_x, None, *for_weights
 
 
-def grouped_product(x: Tensor, weights: list[Tensor], rows: list[int]) -> Tensor:
+def grouped_product(x: Tensor, weights: list[Tensor], rows: list[int], fuse: bool) -> Tensor:
     """x [sum(rows), in] times each expert's weight [out, in], expert e's `rows[e]` rows in turn.
 
-    Returns [sum(rows), out]. One kernel where torch has it (bf16 on GPUs), else a loop.
+    Returns [sum(rows), out]. One kernel if `fuse` and where torch has it (bf16 on GPUs), else a
+    loop.
     """
     aligned = all(size * x.element_size() % _ALIGNMENT == 0 for size in weights[0].shape)
-    if x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0:
+    if fuse and x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0:
         ends = torch.tensor(rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.pin_memory().to(x.device, non_blocking=True)
         return _GroupedProduct.apply(x.contiguous(), ends, *weights)
@@ -88,6 +89,7 @@ class _Experts(torch.nn.Module):
         self.num_gemms = num_gemms
         self.skip_bias_add = skip_bias_add
         self.use_bias = bias
+        self.fuse = config.moe_grouped_gemm
         self.groups = pg_collection
         size = pg_collection.expt_tp.size()
         self.axis = 0 if self.parallel_mode == "column" else 1
@@ -131,7 +133,7 @@ class _Experts(torch.nn.Module):
 
         The experts' biases are added, or returned if `skip_bias_add`.
         """
-        out = grouped_product(x, self._all("weight"), m_splits)
+        out = grouped_product(x, self._all("weight"), m_splits, self.fuse)
         if not self.use_bias:
             return out, None
         if self.skip_bias_add:

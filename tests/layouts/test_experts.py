@@ -1,0 +1,228 @@
+"""Models with experts train alike in every layout, and as transformers' autograd says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.layouts.test_training import load_folder, relative, rows, train_steps
+from tests.tiny import save_model
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    # softmax scores, a shared expert behind a gate, one dense layer
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [1],
+            "router_aux_loss_coef": 0.0,
+        },
+    ),
+    # sigmoid scores with a bias, groups of experts, latent attention, yarn
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 3,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 20,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 18,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 10,
+            "num_mtp_layers": 0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+            },
+        },
+    ),
+}
+ONE_STEP = {
+    "optimizer": "sgd",
+    "sgd_momentum": 0,
+    "lr": 64.0,
+    "min_lr": 64.0,
+    "lr_decay_style": "constant",
+    "weight_decay": 0,
+    "clip_grad": 0,
+    "use_distributed_optimizer": "false",
+    "train_iters": 1,
+    "global_batch_size": 20,
+    "save_safetensors": "true",
+    "moe_router_bias_update_rate": 0,
+}
+BALANCED = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05}
+TENSOR = {"tensor_model_parallel_size": 2}
+EXPERT = {"expert_model_parallel_size": 2}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "micro-batch-2": (1, {"micro_batch_size": 2}),
+    "micro-batch-4-padded": (1, {"micro_batch_size": 4, "padding_free": "false"}),
+    "ep2": (2, EXPERT | {"moe_shared_expert_overlap": "true"}),
+    "ep2-allgather": (2, EXPERT | {"moe_token_dispatcher_type": "allgather",
+                                   "recompute_modules": "moe"}),
+    "tp2": (2, TENSOR | {"expert_tensor_parallel_size": 1}),
+    "etp2": (2, TENSOR | {"micro_batch_size": 2}),
+    "tp2-ep2": (2, TENSOR | EXPERT | {"expert_tensor_parallel_size": 1, "padding_free": "false",
+                                      "micro_batch_size": 2}),
+    "cp2": (2, {"context_parallel_size": 2}),
+    "ep2-pp2-recompute": (
+        4,
+        EXPERT | {
+            "pipeline_model_parallel_size": 2,
+            "decoder_first_pipeline_num_layers": 2,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    for name, (family, sizes) in MODELS.items():
+        save_model(folder / name, family, **sizes)
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+    return folder
+
+
+def gradients(
+    work: Path, model: str, name: str, world: int, flags: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The first step's line in the log, and its gradients by HF name."""
+    flags = {"micro_batch_size": 1} | flags | ONE_STEP
+    (line,) = train_steps(work, model, name, world, flags)
+    before = load_folder(work / model)
+    after = load_folder(work / f"{model}-{name}" / "iter_0000001-hf")
+    return line, {key: (before[key] - after[key]) / ONE_STEP["lr"] for key in before}
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+_references: dict[str, Any] = {}
+
+
+def reference(work: Path, model: str) -> Any:
+    """One process, one sample a micro-batch, balancing and z-loss."""
+    if model not in _references:
+        _references[model] = gradients(work, model, "reference", 1, BALANCED)
+    return _references[model]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_first_step_does_not_depend_on_the_layout(work: Path, model: str, layout: str) -> None:
+    line, expected = reference(work, model)
+    world, flags = LAYOUTS[layout]
+    found_line, found = gradients(work, model, layout, world, BALANCED | flags)
+    names = [key for key in line if key.endswith("loss")]
+    assert len(names) == 3
+    for key in (*names, "grad_norm"):
+        assert relative(line[key], found_line[key]) <= 1e-6, key
+    for key, gradient in expected.items():
+        if not key.endswith("correction_bias"):
+            assert gradient.norm() > 0
+            assert difference(found[key], gradient) <= 1e-5, key
+
+
+def router_objective(hidden: torch.Tensor, gate: torch.Tensor, config: Any) -> torch.Tensor:
+    """What BALANCED adds to the objective for one sample in one layer."""
+    sigmoid = config.model_type == "deepseek_v3"
+    logits = hidden @ gate.T
+    scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
+    scores = scores / scores.sum(-1, keepdim=True)
+    topk, experts = config.num_experts_per_tok, gate.shape[0]
+    chosen = torch.zeros_like(scores).scatter(1, scores.topk(topk).indices, 1.0)
+    balance = experts * (chosen.mean(0) / topk * scores.mean(0)).sum()
+    z_loss = logits.logsumexp(-1).square().mean()
+    return BALANCED["moe_aux_loss_coeff"] * balance + BALANCED["moe_z_loss_coeff"] * z_loss
+
+
+def transformers_gradients(folder: Path, balanced: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss per trained token, and its gradients by the names of safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from swiftmeg.data.template import Template
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    template = Template(AutoTokenizer.from_pretrained(folder))
+    entering: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_pre_hook(
+                lambda module, args: entering.append((args[0].flatten(0, -2), module.weight))
+            )
+    loss, routers, count = torch.zeros(()), torch.zeros(()), 0
+    for row in rows(20):
+        entering.clear()
+        encoded = template.encode(row)
+        logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(encoded["labels"])[1:]
+        trained = int((labels != -100).sum())
+        loss = loss + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        assert len(entering) == 2
+        for hidden, gate in entering:
+            routers = routers + trained * router_objective(hidden, gate, model.config)
+        count += trained
+    ((loss + routers * balanced) / count).backward()
+    return loss.item() / count, published({k: p.grad for k, p in model.named_parameters()})
+
+
+def published(fused: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Gradients of stacked experts as those of the tensors that are published."""
+    found: dict[str, torch.Tensor] = {}
+    for name, gradient in fused.items():
+        prefix = name.rpartition(".")[0]
+        if name.endswith("experts.gate_up_proj"):
+            for expert, both in enumerate(gradient):
+                gate, up = both.chunk(2)
+                found[f"{prefix}.{expert}.gate_proj.weight"] = gate
+                found[f"{prefix}.{expert}.up_proj.weight"] = up
+        elif name.endswith("experts.down_proj"):
+            for expert, down in enumerate(gradient):
+                found[f"{prefix}.{expert}.down_proj.weight"] = down
+        else:
+            found[name] = gradient
+    return found
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_first_step_is_that_of_transformers(work: Path, model: str, balanced: bool) -> None:
+    if balanced:
+        line, found = reference(work, model)
+    else:
+        line, found = gradients(work, model, "plain", 1, {"micro_batch_size": 4})
+    loss, expected = transformers_gradients(work / model, balanced)
+    assert relative(line["lm loss"], loss) <= 1e-5
+    names = {key for key in found if not key.endswith("correction_bias")}
+    assert names == expected.keys()
+    for key, gradient in expected.items():
+        assert gradient.norm() > 0, key
+        assert difference(found[key], gradient) <= 1e-5, key
