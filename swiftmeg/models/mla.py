@@ -85,6 +85,8 @@ class LatentAttention(MLASelfAttention):
         )
 
     def _linear(self, kind: Any, inputs: int, outputs: int, **options: Any) -> torch.nn.Module:
+        # No buffer of TransformerEngine's overlapped communication has the name "latent", which
+        # tells it to leave these layers out.
         return kind(
             inputs,
             outputs,
@@ -93,6 +95,7 @@ class LatentAttention(MLASelfAttention):
             bias=False,
             skip_bias_add=False,
             is_expert=False,
+            tp_comm_buffer_name="latent",
             **options,
         )
 

@@ -91,10 +91,13 @@ def _logging_level(name: str | None) -> int | None:
 
 
 def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
-    """TransformerEngine's kernel cannot scale cosine and sine, as yarn does."""
+    """TransformerEngine's kernel cannot scale cosine and sine, as yarn does, nor turn a part of a
+    latent head's query."""
     if args.no_rope_fusion is not None:
         return bool(args.no_rope_fusion)
-    return backend == "native" or rope_type(model.hf_config) == "yarn"
+    built = model.megatron_args
+    unfused = built.get("multi_latent_attention") or built.get("rotary_interleaved")
+    return backend == "native" or rope_type(model.hf_config) == "yarn" or bool(unfused)
 
 
 def _no_gradient_accumulation_fusion(args: Any) -> bool:
