@@ -7,7 +7,7 @@ from typing import Any
 
 from swiftmeg.args.combinations import check_combinations, check_machine
 from swiftmeg.args.resolve import read_args_file, world_size
-from swiftmeg.checkpoint import find_start, is_empty
+from swiftmeg.checkpoint import check_checkpoint, find_start, is_empty
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
 
@@ -121,6 +121,7 @@ def check_training(args: Any, model: HFModel) -> None:
     if args.max_epochs is None and args.train_iters is None:
         raise UserError("--max_epochs or --train_iters is needed: set one")
     _check_freezing(args)
+    _check_lora(args)
     check_combinations(args, model)
     check_machine(args)
     check_batch(args, check_layout(args, model))
@@ -155,6 +156,25 @@ def _check_freezing(args: Any) -> None:
         check_regex(name, getattr(args, name))
 
 
+def _check_lora(args: Any) -> None:
+    if not args.is_lora:
+        if args.adapter_load:
+            raise UserError(
+                f"--adapter_load {args.adapter_load} needs --train_type lora: set it or drop it"
+            )
+        return
+    if args.freezes:
+        raise UserError(
+            "--train_type lora freezes every weight: drop --freeze_parameters, "
+            "--freeze_parameters_regex and --freeze_parameters_ratio"
+        )
+    if args.lora_rank < 1:
+        raise UserError(f"--lora_rank {args.lora_rank}: must be at least 1")
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
+    check_regex("target_regex", args.target_regex)
+
+
 def check_regex(name: str, pattern: str | None) -> None:
     """UserError unless `pattern`, the value of flag `name`, is a regular expression."""
     try:
@@ -164,18 +184,27 @@ def check_regex(name: str, pattern: str | None) -> None:
 
 
 def checkpoint_defaults(args: Any, sources: dict[str, str]) -> str | None:
-    """Check --load, and switch off loading of what the checkpoint does not hold.
+    """Check the checkpoints to start from; do not load what the one to continue does not hold.
 
     A checkpoint of `swift export` holds weights only, so training starts at step 0 from it. Returns
     a note where another iteration than the latest is loaded.
     """
-    if args.load is None:
+    if args.load is not None and read_args_file(args.load).get("train_type") == "lora":
+        raise UserError(
+            f"--load {args.load} holds adapters alone: name it by --adapter_load, and the weights "
+            "that they were trained on by --load or --model"
+        )
+    if args.is_lora and args.load is not None:
+        args.load = str(check_checkpoint("--load", args.load))
+    args.adapter_load = args.adapter_load or None  # scripts say "" for none
+    flag, folder = f"--{args.continued}", getattr(args, args.continued)
+    if folder is None:
         return None
-    if not args.exit_on_missing_checkpoint and is_empty(args.load):
-        empty, args.load = args.load, None
-        return f"--load {empty}: no checkpoint yet: starting from --model"
-    path, args.ckpt_step, note = find_start("--load", args.load, args.ckpt_step)
-    args.load = str(path)
+    if not args.exit_on_missing_checkpoint and is_empty(folder):
+        setattr(args, args.continued, None)
+        return f"{flag} {folder}: no checkpoint yet: starting from --model"
+    path, args.ckpt_step, note = find_start(flag, folder, args.ckpt_step)
+    setattr(args, args.continued, str(path))
     saved = read_args_file(path)
     absent = {
         "finetune": saved.get("to_mcore", False),

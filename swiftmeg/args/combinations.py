@@ -229,7 +229,7 @@ def _check_recompute_modules(args: Any, model: HFModel) -> None:
 
 
 def _check_learning_rate(args: Any) -> None:
-    lr = args.lr if args.lr is not None else 1e-5
+    lr = args.peak_lr
     if args.min_lr > lr:
         raise UserError(f"--min_lr {args.min_lr} is above --lr {lr}: lower it")
     decay = args.lr_decay_iters or args.train_iters

@@ -23,7 +23,7 @@ from swiftmeg.args.planned import (
     PlannedLayoutArguments,
     PlannedModelArguments,
 )
-from swiftmeg.args.tuner import FreezingArguments
+from swiftmeg.args.tuner import FreezingArguments, LoraArguments
 
 
 @dataclass
@@ -37,6 +37,7 @@ class SftArguments(
     ExpertParallelArguments,
     ExpertArguments,
     PredictionArguments,
+    LoraArguments,
     FreezingArguments,
     OverrideArguments,
     ShapeArguments,
@@ -68,7 +69,8 @@ class ConversionArguments:
     mcore_model: str | None = None
     """Megatron checkpoint: the folder that holds iter_*."""
     output_dir: str | None = None
-    """Folder to write. None: {model name}-mcore, or {checkpoint name}-hf."""
+    """Folder to write. None: {model name}-mcore, {checkpoint name}-hf, or {adapters' name}-merged
+    or -peft."""
     exist_ok: bool = False
     """Write into a folder that is not empty."""
     test_convert_precision: bool = False
@@ -87,11 +89,26 @@ class ConversionArguments:
 
 
 @dataclass
+class AdapterArguments:
+    """Adapters"""
+
+    mcore_adapters: list[str] = field(default_factory=list)
+    """LoRA checkpoint, the folder that holds iter_*, which --to_hf or --to_mcore merges. Its
+    args.json names the model, and the Megatron checkpoint that its adapters were trained on."""
+    adapters: list[str] = field(default_factory=list)
+    """PEFT folder, which --merge_lora true merges into --model, or into the base that it names."""
+    merge_lora: bool | None = None
+    """Merge the adapters into the weights. None: true with --mcore_adapters; there false writes the
+    adapters as a PEFT folder."""
+
+
+@dataclass
 class ExportArguments(
     ModelArguments,
     PluginArguments,
     PromptArguments,
     ConversionArguments,
+    AdapterArguments,
     ExpertParallelArguments,
     OverrideArguments,
     ShapeArguments,

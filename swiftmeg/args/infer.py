@@ -22,7 +22,7 @@ class AnsweringModelArguments(ModelArguments):
     hub_token: str | None = None
     """Access token of the hub, for --val_dataset."""
     adapters: list[str] = field(default_factory=list)
-    """LoRA adapters. Not supported yet: merge them first."""
+    """PEFT folder that is put beside the model; it names the model where --model is not given."""
     infer_backend: Literal["pt"] = "pt"
     """Who generates: only transformers (pt)."""
     attn_impl: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"] | None = None
@@ -113,8 +113,10 @@ class InferArguments(
 
     def check(self) -> None:
         """Raise UserError for values out of range and for combinations that cannot work."""
-        if self.adapters:
-            raise UserError("--adapters is not supported yet: merge the adapter into the model")
+        if len(self.adapters) > 1:
+            raise UserError(
+                f"--adapters {' '.join(self.adapters)}: one adapter can be used: name one"
+            )
         for name, lowest in (
             ("max_new_tokens", 1),
             ("temperature", 0),

@@ -95,7 +95,7 @@ class LearningRateArguments(MegatronFlags):
     """Learning rate and regularisation"""
 
     lr: float | None = None
-    """Peak learning rate. None: 1e-5."""
+    """Peak learning rate. None: 1e-5, with --train_type lora 1e-4."""
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
     """Decay after warm-up."""
     lr_decay_iters: int | None = None

@@ -16,32 +16,6 @@ class PlannedFlags:
 
 
 @dataclass
-class LoraArguments(PlannedFlags):
-    """LoRA"""
-
-    train_type: Literal["full", "lora"] = "full"
-    """full trains every weight, lora adapters."""
-    adapter_load: str | None = None
-    """LoRA checkpoint to continue from."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
-    """Suffixes of the modules that get an adapter."""
-    target_regex: str | None = None
-    """Regular expression of the modules that get an adapter."""
-    modules_to_save: list[str] = field(default_factory=list)
-    """Modules that are trained whole beside the adapters."""
-    lora_rank: int = 8
-    """Rank of the adapters."""
-    lora_alpha: int = 32
-    """Scale of the adapters, divided by the rank."""
-    lora_dropout: float = 0.05
-    """Dropout of the adapters' input."""
-    lora_bias: Literal["none", "all"] = "none"
-    """Which biases are trained beside the adapters."""
-    use_rslora: bool = False
-    """Divide the scale by the rank's square root."""
-
-
-@dataclass
 class PreferenceArguments(PlannedFlags):
     """Preference training (megatron rlhf)"""
 
@@ -131,15 +105,12 @@ class PlannedModelArguments(PlannedFlags):
     """Source code of the model."""
     init_strategy: str | None = None
     """How weights that the folder lacks are made."""
-    adapters: list[str] = field(default_factory=list)
-    """LoRA adapters of the Hugging Face model."""
     apply_query_key_layer_scaling: bool | None = None
     """Divide attention scores by the layer's number before the softmax and multiply after."""
 
 
 @dataclass
 class PlannedArguments(
-    LoraArguments,
     PreferenceArguments,
     PlannedLayoutArguments,
     PlannedDataArguments,
@@ -149,7 +120,6 @@ class PlannedArguments(
 
 
 OFF: dict[str, tuple[Any, ...]] = {
-    "adapter_load": ("",),
     "virtual_pipeline_model_parallel_size": (1,),
     "num_virtual_stages_per_pipeline_rank": (1,),
     "template_backend": ("swift",),
@@ -158,8 +128,6 @@ OFF: dict[str, tuple[Any, ...]] = {
 """Values that mean "off" beside the default."""
 
 REASONS = {
-    "train_type": "LoRA is not supported yet: use --train_type full",
-    "target_regex": "LoRA is not supported yet (--target_modules will take suffixes)",
     "rlhf_type": "there is no megatron rlhf yet: megatron sft and megatron pt are there",
     "loss_type": "preference training is not supported yet; it will start with sigmoid alone",
     "packing_cache": "packing needs no folder of its own; tokenised rows are kept in "
@@ -187,7 +155,6 @@ REASONS = {
     "max_memory": "the parallel sizes place the weights: drop it",
     "local_repo_path": "models come from --model alone: drop it",
     "init_strategy": "every weight must be in the folder: drop it",
-    "adapters": "LoRA is not supported yet: merge the adapters first, with peft",
     "apply_query_key_layer_scaling": "it changes no result, and the attention kernels keep their "
     "scores in fp32: drop it",
 }

@@ -50,8 +50,7 @@ def read_args_file(folder: str | Path) -> dict[str, Any]:
 def write_args_file(folder: Path, args: Any, sources: dict[str, str]) -> None:
     """Write every argument to args.json, tokens nulled, and where each came from beside it."""
     values = {
-        name: None if name.endswith("_token") else value
-        for name, value in dataclasses.asdict(args).items()
+        name: None if name.endswith("_token") else value for name, value in vars(args).items()
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in ((ARGS_FILE, values), (SOURCES_FILE, sources)):

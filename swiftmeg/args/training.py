@@ -11,6 +11,7 @@ from swiftmeg.args.parser import parse_flags
 from swiftmeg.args.planned import check_planned
 from swiftmeg.args.plugins import load_plugins
 from swiftmeg.args.resolve import read_args_file, resolve
+from swiftmeg.args.tuner import named_by_peft, recorded
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel, read_model
 
@@ -30,14 +31,22 @@ def inherited(folder: str | None, given: dict[str, Any]) -> list[tuple[str, dict
 
 
 def read_command(
-    cls: type[Any], argv: list[str], prog: str, checkpoint: str
+    cls: type[Any], argv: list[str], prog: str, checkpoint: str, adapters: str
 ) -> tuple[Any, dict[str, str], HFModel]:
     """Parse and resolve `argv`; returns the arguments, their sources and the model.
 
-    `checkpoint` is the flag that names a Megatron checkpoint.
+    `checkpoint` and `adapters` are the flags that name a Megatron checkpoint and a LoRA checkpoint.
     """
     given = parse_flags(cls, argv, prog)
-    args, sources = resolve(cls, given, inherited(given.get(checkpoint), given))
+    layers: list[tuple[str, dict[str, Any]]] = []
+    folder = given.get(checkpoint)
+    if given.get(adapters):
+        named = given[adapters] if isinstance(given[adapters], str) else given[adapters][0]
+        layers += recorded(adapters, named, given, checkpoint) + inherited(named, given)
+        folder = folder or layers[0][1][checkpoint]
+    elif given.get("adapters"):
+        layers += [("the adapter", named_by_peft(given["adapters"][0]))]
+    args, sources = resolve(cls, given, layers + inherited(folder, given))
     check_planned(args)
     load_plugins(args)
     return args, sources, read_named_model(args)
@@ -60,7 +69,7 @@ def read_training_arguments(
     cls: type[Any], argv: list[str], prog: str
 ) -> tuple[Any, dict[str, str], HFModel]:
     """Parse, resolve and complete `argv`; returns the arguments, their sources and the model."""
-    args, sources, model = read_command(cls, argv, prog, "load")
+    args, sources, model = read_command(cls, argv, prog, "load", "adapter_load")
     args.model = str(model.folder)
     _choose_dtype(args, sources, model)
     complete_experts(args, sources, model)

@@ -1,6 +1,12 @@
 """Flags that say which weights are trained."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from swiftmeg.args.resolve import read_args_file
+from swiftmeg.errors import UserError
 
 
 @dataclass
@@ -31,3 +37,111 @@ class FreezingArguments:
         return bool(
             self.freeze_parameters or self.freeze_parameters_regex or self.freeze_parameters_ratio
         )
+
+
+@dataclass
+class LoraArguments:
+    """LoRA
+
+    Modules go by Megatron's names: in `linear_qkv` the query, key and value projections share one
+    adapter, in `linear_fc1` gate and up projection. Every routed expert has its own.
+    """
+
+    train_type: Literal["full", "lora"] = "full"
+    """full trains every weight that is not frozen, lora adapters beside frozen weights."""
+    adapter_load: str | None = None
+    """LoRA checkpoint to continue, or with --finetune to start from: the folder that holds iter_*.
+    Its args.json says how its adapters are made and, where --load is not given, on what."""
+    adapters: list[str] = field(default_factory=list)
+    """PEFT folder to start from. It says how its adapters are made and, where --model is not given,
+    for which model."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Ends of the names of the modules that get an adapter, or all-linear (every linear layer of
+    the decoder), all-router, all-embedding."""
+    target_regex: str | None = None
+    """Regular expression that fits the whole name of modules that get an adapter, such as
+    `decoder.layers.[0-9].self_attention.linear_qkv`, in place of --target_modules."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Ends of the names of modules that are trained whole and kept with the adapters, such as
+    word_embeddings and output_layer, or all-embedding."""
+    lora_rank: int = 8
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Adapters are scaled by this, divided by the rank."""
+    lora_dropout: float = 0.05
+    """Dropout of the adapters' input."""
+    lora_bias: Literal["none", "all"] = "none"
+    """all trains every bias of the model, too."""
+    use_rslora: bool = False
+    """Divide the scale by the rank's square root instead of the rank (arXiv:2312.03732)."""
+
+    @property
+    def is_lora(self) -> bool:
+        """True if adapters are trained."""
+        return self.train_type == "lora"
+
+    @property
+    def peak_lr(self) -> float:
+        """--lr, or the default of LoRA or full training."""
+        given: float | None = getattr(self, "lr")  # noqa: B009  (a field of LearningRateArguments)
+        return given if given is not None else 1e-4 if self.is_lora else 1e-5
+
+    @property
+    def continued(self) -> str:
+        """The flag that names the checkpoint whose run is continued."""
+        return "adapter_load" if self.is_lora else "load"
+
+
+STARTS = ("adapter_load", "adapters")
+"""What a run starts from; the rest of LoRA's flags say what an adapter is."""
+
+ADAPTER = tuple(each.name for each in fields(LoraArguments) if each.name not in STARTS)
+"""What an adapter is, as recorded in the args.json of a LoRA checkpoint."""
+
+
+def recorded(
+    flag: str, folder: str, given: dict[str, Any], base: str
+) -> list[tuple[str, dict[str, Any]]]:
+    """The resolver's layer for a LoRA checkpoint's args.json: the adapter, its base and model.
+
+    `flag` names the checkpoint `folder`; `base` is the flag for the Megatron checkpoint that it
+    was trained on. UserError if the folder says nothing of LoRA, or a given flag disagrees.
+    """
+    saved = read_args_file(Path(folder).expanduser())
+    if saved.get("train_type") != "lora":
+        raise UserError(
+            f"--{flag} {folder}: no LoRA checkpoint, its args.json does not say train_type lora: "
+            "name the folder that a run with --train_type lora wrote"
+        )
+    layer = {name: saved[name] for name in ADAPTER if name in saved}
+    for name, value in layer.items():
+        if given.get(name, value) != value:
+            raise UserError(
+                f"--{name} {given[name]} contradicts --{flag} {folder}, whose adapters were made "
+                f"with {value}: drop it"
+            )
+    layer[base] = saved.get("load")
+    return [("the adapter's args.json", layer)]
+
+
+PEFT_CONFIG = "adapter_config.json"
+
+
+def named_by_peft(folder: str) -> dict[str, Any]:
+    """What a PEFT folder says of its model: the model itself and, in our own, how it is asked.
+
+    UserError if the folder is none.
+    """
+    path = Path(folder).expanduser() / PEFT_CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"--adapters {folder}: there is no {PEFT_CONFIG} in it: name a folder that PEFT wrote"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
+    saved = read_args_file(path.parent)
+    names = ("template", "system", "use_chat_template")
+    asked = {name: saved[name] for name in names if name in saved}
+    return {"model": config.get("base_model_name_or_path")} | asked

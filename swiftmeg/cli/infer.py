@@ -6,6 +6,7 @@ from pathlib import Path
 from swiftmeg.args.infer import InferArguments
 from swiftmeg.args.parser import parse_flags
 from swiftmeg.args.resolve import read_args_file, resolve
+from swiftmeg.args.tuner import named_by_peft
 from swiftmeg.cli.console import start_logging
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import find_folder
@@ -18,10 +19,12 @@ def main(argv: list[str]) -> None:
     """Chat with a model, or let it answer the rows of a dataset."""
     start_logging()
     given = parse_flags(InferArguments, argv, "swift infer")
-    if "model" not in given:
+    named = named_by_peft(given["adapters"][0]) if given.get("adapters") else {}
+    model = given.get("model") or named.get("model")
+    if model is None:
         raise UserError("swift infer: --model is required: a Hugging Face folder or hub id")
-    folder = find_folder(given["model"], given.get("use_hf", False))
-    saved = read_args_file(folder) if given.get("load_args", True) else {}
+    folder = find_folder(model, given.get("use_hf", False))
+    saved = read_args_file(folder) | named if given.get("load_args", True) else {}
     layer = {name: saved[name] for name in INHERITED if name in saved}
     args, _ = resolve(InferArguments, given, [("args.json", layer)])
     args.check()

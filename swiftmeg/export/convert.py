@@ -1,7 +1,9 @@
 """swift export: whole checkpoints between the two worlds, in any number of processes."""
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,7 @@ def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
     if args.to_hf:
         args.mcore_model = str(check_checkpoint("--mcore_model", args.mcore_model))
     name = model.folder.name + "-mcore" if args.to_mcore else Path(args.mcore_model).name + "-hf"
-    target = Path(args.output_dir or name).expanduser().resolve()
-    check_writable("--output_dir", target)
-    if target.is_dir() and any(target.iterdir()) and not args.exist_ok:
-        raise UserError(
-            f"--output_dir {target} is not empty: name another folder or pass --exist_ok true"
-        )
+    target = check_target(args, name)
     check_layout(args, model)
     size = parse_size(args.max_shard_size)
     if args.to_mcore:
@@ -47,6 +44,17 @@ def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
 
         check_names(model.family, model.config, HFWeights(model.folder, model.config))
     return target, size
+
+
+def check_target(args: Any, name: str) -> Path:
+    """The folder to write, `name` where --output_dir is not given; UserError if it is in use."""
+    target = Path(args.output_dir or name).expanduser().resolve()
+    check_writable("--output_dir", target)
+    if target.is_dir() and any(target.iterdir()) and not args.exist_ok:
+        raise UserError(
+            f"--output_dir {target} is not empty: name another folder or pass --exist_ok true"
+        )
+    return target
 
 
 def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
@@ -76,7 +84,6 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     first = distributed.on_rank_zero()
     if first:
         print(describe(args, sources), flush=True)
-    unfinished = target.parent / f".{target.name}.unfinished"
     megatron, models = build_model(args, model)
     dims = dims_of(megatron)
     if args.to_mcore:
@@ -85,10 +92,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         folder = Path(args.mcore_model)
         check_same_model(megatron, saved_arguments(folder), model, "--mcore_model", folder)
         load_mcore(models, args.mcore_model)
-    try:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+    with unfinished_folder(target) as unfinished:
         if args.to_hf:
             save_hf(
                 models,
@@ -109,13 +113,26 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
             save_mcore(models, unfinished)
         if first:
             _write_args(unfinished, args, sources)
+    distributed.barrier()
+    distributed.shut_down()
+
+
+@contextlib.contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target` whose content is moved there if all goes well; collective."""
+    unfinished = target.parent / f".{target.name}.unfinished"
+    first = distributed.on_rank_zero()
+    try:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        yield unfinished
+        if first:
             _move_into(unfinished, target)
             print(f"written to {target}", flush=True)
     finally:
         if first:
             shutil.rmtree(unfinished, ignore_errors=True)
-    distributed.barrier()
-    distributed.shut_down()
 
 
 def _write_args(folder: Path, args: Any, sources: dict[str, str]) -> None:

@@ -17,15 +17,21 @@ OUTPUT = "output_layer.weight"
 
 @torch.no_grad()
 def load_hf(
-    models: list[Any], folder: str | Path, family: Family, config: HFConfig, dims: Dims
+    models: list[Any],
+    folder: str | Path,
+    family: Family,
+    config: HFConfig,
+    dims: Dims,
+    weights: HFWeights | None = None,
 ) -> None:
     """Copy an HF folder's weights into this rank's shards, one tensor at a time.
 
     Every rank reads only what it holds; host memory in use beyond the model is about twice the
     largest parameter. Strict both ways: raises UserError, with names, for HF tensors that are
-    missing, unknown or of the wrong shape, and for Megatron parameters without a source.
+    missing, unknown or of the wrong shape, and for Megatron parameters without a source. `weights`
+    is another view of the folder than the plain one.
     """
-    weights = HFWeights(folder, config)
+    weights = weights or HFWeights(folder, config)
     plan = {each.mcore: each for each in check_names(family, config, weights)}
     filled: set[str] = set()
     for live in live_weights(models):

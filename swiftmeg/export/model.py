@@ -121,6 +121,22 @@ def load_mcore(models: list[Any], folder: str | Path) -> None:
     checkpointing.load_checkpoint(models, None, None)
 
 
+def load_weights(models: list[Any], folder: str | Path) -> list[Any]:
+    """Fill `models` from a Megatron checkpoint and nothing else, whatever the run loads later."""
+    from megatron.training import get_args
+
+    args = get_args()
+    wanted = {"load": str(folder), "finetune": True, "no_load_optim": True, "no_load_rng": True}
+    wanted |= {"ckpt_step": None}
+    before = {name: getattr(args, name) for name in wanted}
+    vars(args).update(wanted)
+    try:
+        checkpointing.load_checkpoint(models, None, None)
+    finally:
+        vars(args).update(before)
+    return models
+
+
 def save_mcore(models: list[Any], folder: str | Path) -> None:
     """Write `models` as iteration 1 of a Megatron checkpoint."""
     from megatron.training import get_args

@@ -1,6 +1,6 @@
 """--test_convert_precision: do both models compute the same logits?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,27 +106,43 @@ def compare_logits(
     UserError, on every rank, where the largest difference is above the bound.
     """
     ids = sample_ids(tokenizer).to(torch.cuda.current_device())
-    ours = mcore_logits(models, ids, vocab_size)
+    judge(
+        mcore_logits(models, ids, vocab_size),
+        lambda: hf_logits(folder, ids, hf_config),
+        f"{folder} and the Megatron model",
+    )
+
+
+def judge(
+    ours: Tensor | None,
+    reference: Callable[[], Tensor],
+    compared: str,
+    allowed: float = RELATIVE_BOUND,
+) -> None:
+    """Compare logits [1, s, vocab_size], which the last rank knows, with others; collective.
+
+    `compared` names both models, `allowed` is the largest difference as a share of the largest
+    logit. UserError, on every rank, where a difference is above that.
+    """
     verdict: list[str | None] = [None]
-    judge = torch.distributed.get_world_size() - 1  # on the last stage in every order of groups
-    if torch.distributed.get_rank() == judge:
+    last = torch.distributed.get_world_size() - 1  # on the last stage in every order of groups
+    if torch.distributed.get_rank() == last:
         assert ours is not None
-        theirs = hf_logits(folder, ids, hf_config)
+        theirs = reference()
         difference = (ours - theirs).abs()
-        bound = RELATIVE_BOUND * theirs.abs().max().item()
-        ours_next, theirs_next = ours.argmax(-1), theirs.argmax(-1)
-        agree = (ours_next == theirs_next).sum().item()
+        bound = allowed * theirs.abs().max().item()
+        agree = (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
         mean, largest = difference.mean().item(), difference.max().item()
         print(
             f"mean_diff: {mean:.3e}, max_diff: {largest:.3e} (allowed: {bound:.3e}), "
-            f"next token agrees at {agree} of {ids.shape[1]} places",
+            f"next token agrees at {agree} of {ours.shape[1]} places",
             flush=True,
         )
         if not largest <= bound:
             verdict[0] = (
-                f"--test_convert_precision: the logits of {folder} and the Megatron model differ "
-                f"by up to {largest:.3e}, allowed are {bound:.3e}: the conversion is wrong"
+                f"--test_convert_precision: the logits of {compared} differ by up to "
+                f"{largest:.3e}, allowed are {bound:.3e}: the conversion is wrong"
             )
-    torch.distributed.broadcast_object_list(verdict, src=judge)
+    torch.distributed.broadcast_object_list(verdict, src=last)
     if verdict[0]:
         raise UserError(verdict[0])

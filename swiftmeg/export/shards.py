@@ -17,6 +17,9 @@ _FUSED_NORMS = {
 }
 """Where TransformerEngine keeps a norm inside a linear layer -> the norm's own name."""
 
+ADAPTER_FACTORS = ("lora_A", "lora_B")
+"""What PEFT calls the parameters that it puts beside a layer, which is then a `base_layer`."""
+
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")
 
 _BUFFERS = ("router.expert_bias",)
@@ -48,17 +51,20 @@ class LiveWeight:
 
 
 def live_weights(models: list[Any]) -> Iterator[LiveWeight]:
-    """Every weight of this rank's model chunks, in the order of the layers."""
+    """Every weight of this rank's model chunks, in the order of the layers; no adapters."""
     for chunk in unwrap_model(models):
         buffers = [pair for pair in chunk.named_buffers() if pair[0].endswith(_BUFFERS)]
         for name, tensor in (*chunk.named_parameters(), *buffers):
+            if any(f".{factor}." in name for factor in ADAPTER_FACTORS):
+                continue
+            name = name.replace(".base_layer.", ".")
             cut = getattr(tensor, "tensor_model_parallel", False)
             axis = tensor.partition_dim if cut else None
-            yield LiveWeight(_global_name(chunk, name), tensor, axis, bool(_EXPERT.fullmatch(name)))
+            yield LiveWeight(global_name(chunk, name), tensor, axis, bool(_EXPERT.fullmatch(name)))
 
 
-def _global_name(chunk: Any, name: str) -> str:
-    """Replace the numbers of layers and experts on this rank by those in the model."""
+def global_name(chunk: Any, name: str) -> str:
+    """The name in the whole model of a weight or module that is `name` in this rank's `chunk`."""
 
     def number(match: re.Match[str]) -> str:
         layer = chunk.decoder.layers[int(match[1])]

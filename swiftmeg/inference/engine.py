@@ -47,6 +47,8 @@ class Engine:
             response_prefix=self.prefix or None,
         )
         self.model = _load_model(args, folder)
+        if args.adapters:
+            self.model = _with_adapter(self.model, Path(args.adapters[0]).expanduser())
         self.stop_words = [word.replace("\\n", "\n") for word in args.stop_words]
         self._config = _generation_config(
             args, self.model.generation_config, self._stop_ids(), self.tokenizer.pad_token_id
@@ -210,6 +212,16 @@ def _load_model(args: InferArguments, folder: Path) -> Any:
         names = ", ".join(sorted(loading["missing_keys"])[:5])
         raise UserError(f"--model {folder}: weights are missing: {names}")
     return model if args.device_map else model.to(platform.device())
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """The model with a PEFT folder beside it."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder)
+    except (*_UNREADABLE, NotImplementedError) as error:
+        raise UserError(f"--adapters {folder}: cannot be loaded ({_line(error)})") from None
 
 
 def _generation_config(

@@ -11,16 +11,17 @@ from swiftmeg.checkpoint import folder_name
 
 
 def settle_start(args: Any, note: str | None) -> None:
-    """Check the content of the checkpoint that --load names, or find an older one; collective.
+    """Check the content of the checkpoint to continue, or find an older one; collective.
 
     Each rank reads its share of the files. `note` says what was found before there were ranks;
     the first rank prints it, and what is found now.
     """
-    if args.load is not None:
-        folder = Path(args.load)
+    flag, named = f"--{args.continued}", getattr(args, args.continued)
+    if named is not None:
+        folder = Path(named)
         while fault := _damage(folder, args.ckpt_step):
             broken = args.ckpt_step or _tracked(folder)
-            args.ckpt_step, note = checkpoint.fall_back("--load", args.load, broken, fault)
+            args.ckpt_step, note = checkpoint.fall_back(flag, named, broken, fault)
     if note and distributed.on_rank_zero():
         print(f"warning: {note}", flush=True)
 

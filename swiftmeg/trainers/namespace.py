@@ -36,7 +36,8 @@ def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argpars
         "tensorboard_dir": None,  # set when training begins: naming it creates the folder
         "transformer_impl": "transformer_engine" if backend == "transformer_engine" else "local",
         "dataloader_type": "external",
-        "lr": args.lr if args.lr is not None else 1e-5,
+        "lr": args.peak_lr,
+        "load": getattr(args, args.continued),
         "fp16": args.fp16,
         "bf16": args.bf16,
         "logging_level": _logging_level(args.logging_level),

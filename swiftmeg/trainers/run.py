@@ -15,6 +15,8 @@ from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.checkpoints import CheckpointFolder, keep_random_state, settle_start
 from swiftmeg.trainers.data import TrainingData, prepare_data
+from swiftmeg.tuners.peft_format import HFAdapters
+from swiftmeg.tuners.start import start_from
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Run:
     model: HFModel
     folder: Path
     data: TrainingData
+    adapters: HFAdapters | None
+    """What the adapters start from, if not from scratch or a checkpoint."""
 
 
 def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
@@ -34,6 +38,7 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     Everything that can be wrong with the input is found, and the data are tokenised, before
     Megatron is imported and before any process group exists.
     """
+    adapters = start_from(args, sources, model)
     note = checkpoint_defaults(args, sources)
     check_training(args, model)
     check_writable("--save", _save_root(args, model))
@@ -47,7 +52,7 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     args.save = str(folder)
     if distributed.on_rank_zero():
         print(describe(args, sources), flush=True)
-    _run_loop(Run(args, sources, model, folder, data))
+    _run_loop(Run(args, sources, model, folder, data, adapters))
 
 
 def _save_root(args: Any, model: HFModel) -> Path:
@@ -73,35 +78,26 @@ def _run_loop(run: Run) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from swiftmeg import upstream
-    from swiftmeg.export.load import load_hf
     from swiftmeg.export.model import check_same_model, saved_arguments
-    from swiftmeg.models.build import dims_of, model_config
+    from swiftmeg.models.build import model_config
+    from swiftmeg.trainers.hooks import model_hooks
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
     from swiftmeg.trainers.namespace import training_namespace
     from swiftmeg.trainers.sft import make_forward_step
-    from swiftmeg.tuners.freezing import freeze
 
     upstream.apply()
     args, model = run.args, run.model
     megatron = training_namespace(args, model, run.data)
-    hooks: list[Callable[[list[Any]], list[Any]]] = []
-    if args.load is not None:
-        saved = saved_arguments(Path(args.load), args.ckpt_step)
-        check_same_model(megatron, saved, model, "--load", Path(args.load))
-        keep_random_state(megatron, saved)
-        run.data.resume(saved)
-    else:
-
-        def load(models: list[Any]) -> list[Any]:
-            load_hf(models, model.folder, model.family, model.config, dims_of(megatron))
-            return models
-
-        hooks.append(load)
-    if args.freezes:
-        upstream.store_layers_by_number()
-        hooks.append(lambda models: freeze(models, args))
+    for flag in dict.fromkeys(("load", args.continued)):
+        if (named := getattr(args, flag)) is not None:
+            step = args.ckpt_step if flag == args.continued else None
+            saved = saved_arguments(Path(named), step)
+            check_same_model(megatron, saved, model, f"--{flag}", Path(named))
+            if flag == args.continued:
+                keep_random_state(megatron, saved)
+                run.data.resume(saved)
     container = pretrain_cfg_container_from_args(
-        megatron, model_config(megatron, model.hf_config, pre_wrap_hooks=hooks)
+        megatron, model_config(megatron, model.hf_config, pre_wrap_hooks=model_hooks(run, megatron))
     )
     container.model.transformer.variable_seq_lengths = True
     container.model.finalize()
@@ -183,11 +179,15 @@ def _close_tensorboard() -> None:
 
 
 def _hf_writer(run: Run, folder: CheckpointFolder, megatron: Any) -> Callable[[int, Any], None]:
-    """Write `iter_N-hf` beside each checkpoint."""
+    """Write `iter_N-hf` beside each checkpoint: the whole model, or its adapters."""
     from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
+    from swiftmeg.tuners.peft_folder import save_peft
 
     def write(iteration: int, models: Any) -> None:
+        if run.args.is_lora:
+            save_peft(models, folder.hf_folder(iteration), run.args, run.model, dims_of(megatron))
+            return
         save_hf(
             models,
             folder.hf_folder(iteration),

@@ -41,7 +41,7 @@ def freeze(models: list[Any], args: FreezingArguments) -> list[Any]:
                 weights[index].tensor.requires_grad_(trained)
             unknown.append((f"--{flag} {pattern}", not found))
     trained_here = any(weight.tensor.requires_grad for weight in weights)
-    *missing, nothing = _everywhere([here for _, here in unknown] + [not trained_here])
+    *missing, nothing = everywhere([here for _, here in unknown] + [not trained_here])
     for (flag, _), absent in zip(unknown, missing, strict=True):
         if absent:
             raise UserError(
@@ -93,7 +93,7 @@ def _first_share(weights: list[LiveWeight], ratio: float) -> range:
     return range(int((sizes.cumsum(0) <= sizes.sum() * ratio).sum()))
 
 
-def _everywhere(flags: list[bool]) -> list[bool]:
+def everywhere(flags: list[bool]) -> list[bool]:
     """Which of `flags` hold on all ranks."""
     held = torch.tensor(flags, dtype=torch.int32, device=torch.cuda.current_device())
     torch.distributed.all_reduce(held, op=torch.distributed.ReduceOp.MIN)

@@ -428,6 +428,16 @@ MEGATRON: dict[str, Row] = {
             "trainable_parameters", "trainable_parameters_regex",
         )
     },
+    "adapters": ShownBy("tests/tuners/test_adapters.py", "adapters=start"),
+    "adapter_load": Refused("nowhere", "--adapter_load nowhere: no LoRA checkpoint"),
+    "lora_rank": Refused(0, "--lora_rank 0: must be at least 1", {"train_type": "lora"}),
+    "lora_dropout": Refused(1.0, "must be from 0 to below 1", {"train_type": "lora"}),
+    **{
+        name: ShownBy("tests/tuners/test_lora.py", f'"{name}"')
+        for name in ("target_modules", "target_regex", "modules_to_save", "lora_bias", "use_rslora")
+    },
+    "lora_alpha": ShownBy("tests/tuners/test_lora.py", "test_alpha_is_the_scale"),
+    "train_type": ShownBy("tests/tuners/lora_runs.py", '"train_type": "lora"'),
     "fp8_format": Sets("hybrid", "fp8"),
     "fp8_recipe": Sets("blockwise", "fp8_recipe", flags=FP8),
     "fp8_amax_history_len": Sets(1, "fp8_amax_history_len", flags=FP8),
@@ -436,16 +446,6 @@ MEGATRON: dict[str, Row] = {
 }  # fmt: skip
 
 PLANNED: dict[str, Row] = {
-    "train_type": Refused("lora", "--train_type lora: LoRA is not supported yet: use --train_"),
-    "adapter_load": Refused("x", "LoRA is not supported yet"),
-    "target_modules": Refused(["q", "k"], "--target_modules q k: LoRA is not supported yet"),
-    "target_regex": Refused("x", "LoRA is not supported yet .--target_modules"),
-    "modules_to_save": Refused(["x"], "LoRA is not supported yet"),
-    "lora_rank": Refused(16, "--lora_rank 16: LoRA is not supported yet: drop it"),
-    "lora_alpha": Refused(16, "LoRA is not supported yet"),
-    "lora_dropout": Refused(0.1, "LoRA is not supported yet"),
-    "lora_bias": Refused("all", "LoRA is not supported yet"),
-    "use_rslora": Refused(True, "--use_rslora true: LoRA is not supported yet"),
     "rlhf_type": Refused("dpo", "--rlhf_type dpo: there is no megatron rlhf yet"),
     "loss_type": Refused("hinge", "--loss_type hinge: .*start with sigmoid alone"),
     **{
@@ -484,7 +484,6 @@ PLANNED: dict[str, Row] = {
     "max_memory": Refused("1GB", "the parallel sizes place the weights"),
     "local_repo_path": Refused("x", "models come from --model alone"),
     "init_strategy": Refused("zero", "every weight must be in the folder"),
-    "adapters": Refused(["x"], "merge the adapters first"),
     "apply_query_key_layer_scaling": Refused(True, "it changes no result"),
 }  # fmt: skip
 
@@ -499,6 +498,9 @@ CONVERSION: dict[str, Row] = SHARED | {
     "output_dir": Changes("there", export_target, "there"),
     "exist_ok": Changes(True, export_target, "ckpt", {"output_dir": "ckpt"}),
     "test_convert_precision": ShownBy("tests/test_quickstart.py", "next token agrees at"),
+    "mcore_adapters": ShownBy("tests/tuners/test_adapters.py", "mcore_adapters="),
+    "adapters": ShownBy("tests/tuners/test_adapters.py", "adapters=folder"),
+    "merge_lora": ShownBy("tests/tuners/test_adapters.py", 'merge_lora="false"'),
     "max_shard_size": Changes("5MB", export_shard, 5_000_000),
     "tensor_model_parallel_size": Refused(2, "1 process cannot be split"),
     "expert_model_parallel_size": Refused(2, "the model has no experts: drop it"),
@@ -535,7 +537,9 @@ def read_training(flags: dict[str, Any], cls: type[Any] = SftArguments) -> Conte
 
 def read_export(flags: dict[str, Any]) -> Context:
     line = words(EXPORT | flags)
-    return Context(*read_command(ExportArguments, line, "swift export", "mcore_model"))
+    return Context(
+        *read_command(ExportArguments, line, "swift export", "mcore_model", "mcore_adapters")
+    )
 
 
 def found(read: Callable[..., Context], flags: dict[str, Any], of: Callable[..., Any]) -> Any:

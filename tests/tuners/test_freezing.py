@@ -106,7 +106,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any], str]] = {
         2,
         PIPELINE
         | {
-            "freeze_parameters": [*BOTTOM, "decoder"],
+            "freeze_parameters": ["embedding.", "decoder"],
             "trainable_parameters": ["decoder.layers.3."],
         },
         r"layers\.3\.",

@@ -1,0 +1,48 @@
+"""What happens to a bare model before Megatron's loop wraps it: weights come, some are frozen."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from swiftmeg import upstream
+from swiftmeg.export.load import load_hf
+from swiftmeg.export.model import load_weights
+from swiftmeg.models.build import dims_of
+from swiftmeg.trainers.run import Run
+from swiftmeg.tuners.adapters import attach
+from swiftmeg.tuners.freezing import freeze
+from swiftmeg.tuners.hf_form import fill_adapters
+
+
+def model_hooks(run: Run, megatron: Any) -> list[Callable[[list[Any]], list[Any]]]:
+    """The hooks of a run, in order.
+
+    Megatron itself loads the checkpoint that the run continues, when the model is wrapped. What
+    adapters are trained beside is loaded here: it is no part of that checkpoint.
+    """
+    args, model = run.args, run.model
+    hooks: list[Callable[[list[Any]], list[Any]]] = []
+
+    def from_hf(models: list[Any]) -> list[Any]:
+        load_hf(models, model.folder, model.family, model.config, dims_of(megatron))
+        return models
+
+    if args.load is None:
+        hooks.append(from_hf)
+    elif args.is_lora:
+        hooks.append(partial(load_weights, folder=args.load))
+    if args.is_lora or args.freezes:
+        upstream.store_layers_by_number()
+    if args.is_lora:
+        hooks.append(partial(attach, args=args, seed=args.seed))
+        if (adapters := run.adapters) is not None:
+
+            def from_peft(models: list[Any]) -> list[Any]:
+                dims = dims_of(megatron)
+                fill_adapters(models, adapters, model.family, model.config, dims)
+                return models
+
+            hooks.append(from_peft)
+    elif args.freezes:
+        hooks.append(partial(freeze, args=args))
+    return hooks

@@ -1,0 +1,160 @@
+"""Adapters and what is trained beside them, as tensors of the Hugging Face model.
+
+A fused Megatron layer is several Hugging Face layers: each takes the shared A, and those rows of B
+that are its rows of the weight. The weight rows of the model's family say which they are.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from torch import Tensor
+
+from swiftmeg.errors import UserError
+from swiftmeg.export.load import EMBEDDING, OUTPUT
+from swiftmeg.export.shards import live_weights
+from swiftmeg.export.weights import listed
+from swiftmeg.models.family import Family, HFConfig, Row
+from swiftmeg.models.layout import Dims
+from swiftmeg.tuners.adapters import Attached, attached, numbered
+from swiftmeg.tuners.layers import EmbeddingAdapter, Factor
+from swiftmeg.tuners.peft_format import HFAdapters
+
+
+@torch.no_grad()
+def to_hf_form(
+    models: list[Any], family: Family, config: HFConfig, dims: Dims
+) -> HFAdapters | None:
+    """Gather all adapters of a live model on the first rank; others get None. Collective."""
+    plan = {each.mcore: each for each in family.plan(config)}
+    mine = HFAdapters()
+    for each in attached(models):
+        for row, a, b in _matrices(each, plan):
+            if _speaks(each.adapter.A.weight.dim() == 3):
+                mine.factors |= _split(each, row, a, b, dims)
+    for live in live_weights(models):
+        if not live.tensor.requires_grad or live.name not in plan:
+            continue
+        row = plan[live.name]
+        whole = row.layout.unshard(_gather(live.tensor, live.axis, live.group), live.axis)
+        if _speaks(live.routed):
+            mine.trained |= zip(row.hf, row.layout.split(whole, dims), strict=True)
+    parts: list[HFAdapters] | None = None
+    if torch.distributed.get_rank() == 0:
+        parts = [HFAdapters()] * torch.distributed.get_world_size()
+    torch.distributed.gather_object(mine, parts, dst=0)
+    if parts is None:
+        return None
+    whole_model = HFAdapters()
+    for part in parts:
+        whole_model.factors |= part.factors
+        whole_model.trained |= part.trained
+    return whole_model
+
+
+def _speaks(routed: bool) -> bool:
+    """Whether this rank hands on what it and others hold, an expert's or not."""
+    if routed:
+        return not mpu.get_expert_tensor_parallel_rank() and not mpu.get_expert_data_parallel_rank()
+    first_copy = mpu.get_data_parallel_rank(with_context_parallel=True) == 0
+    return first_copy and mpu.get_tensor_model_parallel_rank() == 0
+
+
+def _matrices(each: Attached, plan: dict[str, Row]) -> Iterator[tuple[Row, Tensor, Tensor]]:
+    """The weights beside an adapter on this rank, with their whole factors in Megatron's order."""
+    adapter = each.adapter
+    pairs = zip(numbered(adapter.A, adapter), numbered(adapter.B, adapter), strict=True)
+    for (number, a), (_, b) in pairs:
+        row = plan[f"{each.name}.weight{'' if number is None else number}"]
+        a, b = _whole(each, row, adapter.A, a), _whole(each, row, adapter.B, b)
+        yield row, a, b
+
+
+def _whole(each: Attached, row: Row, factor: Factor, shard: Tensor) -> Tensor:
+    """All of a factor: rows in the order of the weight's, columns one rank's after the other's."""
+    if factor.axis is None:
+        return shard.detach().cpu()
+    axis = factor.axis - factor.weight.dim() + 2  # of the matrix
+    shards = _gather(shard, axis, each.adapter.group)
+    return row.layout.unshard(shards, 0) if axis == 0 else torch.cat(shards, dim=1)
+
+
+def _split(each: Attached, row: Row, a: Tensor, b: Tensor, dims: Dims) -> dict[str, Any]:
+    if isinstance(each.adapter, EmbeddingAdapter):
+        (table,) = row.layout.split(a.t(), dims)
+        return {row.hf[0]: (table.t().contiguous(), b)}
+    parts = row.layout.split(b, dims)
+    return {name: (a, part.contiguous()) for name, part in zip(row.hf, parts, strict=True)}
+
+
+def _gather(shard: Tensor, axis: int | None, group: Any) -> list[Tensor]:
+    """The shards of all ranks of `group`, on the CPU; a replicated tensor's own."""
+    shard = shard.detach().contiguous()
+    if axis is None or group.size() == 1:
+        return [shard.cpu()]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    torch.distributed.all_gather(shards, shard, group=group)
+    return [each.cpu() for each in shards]
+
+
+@torch.no_grad()
+def fill_adapters(
+    models: list[Any], adapters: HFAdapters, family: Family, config: HFConfig, dims: Dims
+) -> None:
+    """Copy whole tensors into this rank's adapters and trained weights; collective.
+
+    UserError, with the names, where layers that Megatron fuses have different A, which would need
+    an adapter each, and for tensors that are missing or that nothing took.
+    """
+    plan = {each.mcore: each for each in family.plan(config)}
+    used: set[str] = set()
+    for each in attached(models):
+        adapter = each.adapter
+        pairs = zip(numbered(adapter.A, adapter), numbered(adapter.B, adapter), strict=True)
+        for (number, a), (_, b) in pairs:
+            row = plan[f"{each.name}.weight{'' if number is None else number}"]
+            whole_a, whole_b = _join(each, row, adapters, dims)
+            a.copy_(_cut(each, row, adapter.A, whole_a))
+            b.copy_(_cut(each, row, adapter.B, whole_b))
+            used.update(row.hf)
+    for live in live_weights(models):
+        tied_head = live.name == OUTPUT and live.name not in plan
+        name = EMBEDDING if tied_head else live.name
+        if not live.tensor.requires_grad or name not in plan:
+            continue
+        row = plan[name]
+        if missing := [name for name in row.hf if name not in adapters.trained]:
+            raise UserError(f"the adapter holds no {', '.join(missing)}")
+        joined = row.layout.join([adapters.trained[name] for name in row.hf], dims)
+        live.tensor.copy_(row.layout.shard(joined, live.axis, *live.place))
+        used.update(row.hf)
+    taken: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(taken, used)
+    if left := {*adapters.factors, *adapters.trained}.difference(*taken):
+        raise UserError(f"nothing in the model took the adapter's {listed(left)}")
+
+
+def _join(each: Attached, row: Row, adapters: HFAdapters, dims: Dims) -> tuple[Tensor, Tensor]:
+    """Whole factors in Megatron's order from those of the HF layers."""
+    if missing := [name for name in row.hf if name not in adapters.factors]:
+        raise UserError(f"the adapter has no factors for {', '.join(missing)}")
+    parts = [adapters.factors[name] for name in row.hf]
+    if isinstance(each.adapter, EmbeddingAdapter):
+        ((table, b),) = parts
+        return row.layout.join([table.t()], dims).t(), b
+    if any(not torch.equal(a, parts[0][0]) for a, _ in parts[1:]):
+        raise UserError(
+            f"{', '.join(row.hf)} are one layer in Megatron, whose adapter has one lora_A, but "
+            "here they have different ones: merge the adapter by swift export --merge_lora true"
+        )
+    return parts[0][0], row.layout.join([b for _, b in parts], dims)
+
+
+def _cut(each: Attached, row: Row, factor: Factor, whole: Tensor) -> Tensor:
+    if factor.axis is None:
+        return whole
+    group = each.adapter.group
+    if factor.axis - factor.weight.dim() == -2:
+        return row.layout.shard(whole, 0, group.rank(), group.size())
+    return whole.chunk(group.size(), dim=1)[group.rank()]

@@ -1,0 +1,50 @@
+"""A live model's adapters to PEFT folders, and PEFT's own word on what such a folder computes."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swiftmeg import distributed
+from swiftmeg.args.resolve import read_args_file, write_args_file
+from swiftmeg.export.save import take_place
+from swiftmeg.models.hf import HFModel
+from swiftmeg.models.layout import Dims
+from swiftmeg.tuners.hf_form import to_hf_form
+from swiftmeg.tuners.peft_format import write_folder
+
+
+def save_peft(models: list[Any], folder: Path, args: Any, model: HFModel, dims: Dims) -> None:
+    """Write a live model's adapters as a PEFT folder, whole or not at all. Collective.
+
+    `args` are those of the training run; they come along as args.json.
+    """
+    adapters = to_hf_form(models, model.family, model.config, dims)
+    if adapters is not None:
+        unfinished = folder.parent / f".{folder.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_folder(unfinished, adapters, args, base_folder(args), model)
+        write_args_file(unfinished, args, {})
+        take_place(unfinished, folder)
+    distributed.barrier()
+
+
+def base_folder(args: Any) -> str | None:
+    """The HF folder whose weights the adapters were trained on; None if only Megatron has them."""
+    if args.load is None or read_args_file(args.load).get("to_mcore"):
+        return str(args.model)
+    return None
+
+
+def peft_logits(model: Path, folder: Path, ids: Tensor) -> Tensor:
+    """fp32 logits [1, s, vocabulary] of an HF folder's model with a PEFT folder beside it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        both = PeftModel.from_pretrained(base, folder).to(ids.device).eval()
+        logits: Tensor = both(ids).logits
+    return logits.float()
