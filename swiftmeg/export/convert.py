@@ -12,7 +12,7 @@ from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
 from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
-from swiftmeg.models.hf import HFModel
+from swiftmeg.models.hf import UNFINISHED, HFModel
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -120,7 +120,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
 @contextlib.contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` whose content is moved there if all goes well; collective."""
-    unfinished = target.parent / f".{target.name}.unfinished"
+    unfinished = target.parent / f".{target.name}{UNFINISHED}"
     first = distributed.on_rank_zero()
     try:
         if first:

@@ -39,10 +39,7 @@ def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any
 
     `args` needs torch_dtype, the tensor- and pipeline-parallel sizes and extra_megatron_kwargs.
     """
-    upstream.apply()
-    namespace = megatron_namespace(
-        _flags(args, model), args.extra_megatron_kwargs, _attributes(args, model)
-    )
+    namespace = conversion_namespace(args, model)
     if not mpu.model_parallel_is_initialized():
         initialize_megatron(allow_no_cuda=True)
     config = model_config(namespace, model.hf_config)
@@ -50,6 +47,14 @@ def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return namespace, builder.build_distributed_models(groups, wrap_with_ddp=False)
+
+
+def conversion_namespace(args: Any, model: HFModel) -> argparse.Namespace:
+    """Megatron's namespace for converting `model` in the layout that `args` says."""
+    upstream.apply()
+    return megatron_namespace(
+        _flags(args, model), args.extra_megatron_kwargs, _attributes(args, model)
+    )
 
 
 def _flags(args: Any, model: HFModel) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from swiftmeg.export.owners import Share, shares
 from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
 from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files
 from swiftmeg.models.family import Family, HFConfig, Row
+from swiftmeg.models.hf import UNFINISHED
 from swiftmeg.models.layout import Dims
 
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)")
@@ -67,7 +68,7 @@ def save_hf(
     plan = {each.mcore: each for each in family.plan(config)}
     weights = [live for live in live_weights(models) if live.name != OUTPUT or OUTPUT in plan]
     first = torch.distributed.get_rank() == 0
-    unfinished = folder.parent / f".{folder.name}.unfinished"
+    unfinished = folder.parent / f".{folder.name}{UNFINISHED}"
     if first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -101,7 +102,7 @@ def _write_share(
         info
         for live, share in zip(weights, mine, strict=True)
         if share.writes
-        for info in _hf_tensors_of(live, plan[live.name], dims, dtype)
+        for info in hf_tensors_of(live, plan[live.name], dims, dtype)
     ]
     writers: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(writers, infos)
@@ -131,7 +132,7 @@ def _names(row: Row) -> list[tuple[str, ...]]:
     return [(first, *row.copies), *((name,) for name in others)]
 
 
-def _hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) -> list[TensorInfo]:
+def hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) -> list[TensorInfo]:
     """The HF tensors of a weight, found by moving meta tensors through its layout."""
     size = live.place[1] if live.axis is not None else 1
     shards = [torch.empty_like(live.tensor, device="meta") for _ in range(size)]

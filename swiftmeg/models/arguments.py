@@ -18,6 +18,10 @@ class LayerSwitches:
     """A bias on the projection after attention."""
     mlp_bias: bool = False
     """Biases in the dense MLP."""
+    router_softmax_bias: bool = False
+    """The expert bias is added to softmax scores."""
+    router_best_of_group: bool = False
+    """A group of experts counts by its best expert."""
 
     @classmethod
     def of(cls, args: Any) -> "LayerSwitches":

@@ -73,7 +73,7 @@ class Family:
     """One HF architecture.
 
     `to_args` maps config.json to Megatron arguments (names as in Megatron's namespace) and to the
-    switches that Megatron lacks (`MODEL_SWITCHES` of models/arguments.py).
+    switches that Megatron lacks (`LayerSwitches` of models/arguments.py).
     `rows` lists every weight that a checkpoint of this family can have; rows whose Megatron
     parameter a configuration does not build (biases, tied heads, a dense layer's router) are left
     out by `plan`.

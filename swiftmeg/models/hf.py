@@ -13,6 +13,9 @@ from swiftmeg.errors import UserError
 from swiftmeg.models import families  # noqa: F401  (registers them)
 from swiftmeg.models.family import REGISTRY, Family, HFConfig
 
+UNFINISHED = ".unfinished"
+"""How the name of a folder ends that is being written; it begins with a dot."""
+
 
 @dataclass(frozen=True)
 class HFModel:
@@ -70,6 +73,11 @@ def find_folder(model: str, use_hf: bool = False, revision: str | None = None) -
             raise UserError(
                 f"--model_revision {revision} needs a hub id, but --model {model} is a folder: "
                 "drop it"
+            )
+        if path.name.endswith(UNFINISHED):
+            raise UserError(
+                f"--model {model}: what is in this folder was not completed: name the one without "
+                f"the dot and {UNFINISHED}, or write it again"
             )
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:

@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 from swiftmeg import platform
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
+from swiftmeg.models.choice import choice_of
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
 from swiftmeg.models.native import NativeSpecProvider
@@ -140,7 +141,7 @@ def _layer_spec(
             self_attention=_attention(config, provider, switches),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused and not experts else norm,
-            mlp=_experts(config, provider) if experts else _mlp(provider, switches),
+            mlp=_experts(config, provider, switches) if experts else _mlp(provider, switches),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if fused else fused_norms,
         ),
@@ -183,7 +184,9 @@ def _mlp(provider: BackendSpecProvider, switches: LayerSwitches) -> Any:
     return mlp
 
 
-def _experts(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
+def _experts(
+    config: TransformerConfig, provider: BackendSpecProvider, switches: LayerSwitches
+) -> Any:
     """Router, experts, and shared experts where the model has them.
 
     Experts are of one kind in both backends, for the sake of their parameters' names: where they
@@ -193,7 +196,7 @@ def _experts(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
         provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
     submodules = layer.keywords["submodules"]
-    submodules.router = Router
+    submodules.router = partial(Router, choice=choice_of(switches))
     if not config.moe_grouped_gemm:
         submodules.experts = NativeSpecProvider().grouped_mlp_modules(False)
     return partial(MoELayer, submodules=submodules)

@@ -23,6 +23,7 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from swiftmeg.models.choice import Choice
 from swiftmeg.models.router_losses import LOSSES, Samples
 
 
@@ -46,8 +47,11 @@ class Router(TopKRouter):
     no effect.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, choice: Choice | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.choice = choice
+        if choice is not None:
+            self.score_function = "softmax"
         if self.get_aux_loss_coeff("global_aux_loss") > 0:
             even = torch.full_like(self.global_tokens_per_expert, 1.0 / self.num_experts)
             self.register_buffer("shares", even, persistent=False)
@@ -69,6 +73,8 @@ class Router(TopKRouter):
             )
         if self.routing_type == "sinkhorn":
             probs, chosen = self.sinkhorn_load_balancing(logits)
+        elif self.choice is not None:
+            probs, chosen = self.choice(self, logits)
         else:
             probs, chosen = topk_routing_with_score_function(
                 logits,

@@ -1,20 +1,7 @@
-"""One file a family; importing this package registers them all."""
+"""One file a family; importing this package imports, and so registers, every one of them."""
 
-from swiftmeg.models.families import (  # noqa: F401
-    deepseek,
-    deepseek_v2,
-    deepseek_v3,
-    dots1,
-    ernie4_5,
-    ernie4_5_moe,
-    glm4_moe,
-    internlm3,
-    llama,
-    mimo,
-    mistral,
-    mixtral,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-)
+import importlib
+import pkgutil
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")

@@ -26,10 +26,13 @@ def _router_args(config: HFConfig) -> dict[str, Any]:
     args["moe_router_topk_scaling_factor"] = scaling if scaling != 1.0 else None
     if method == "greedy":
         return args
-    groups, chosen = config["n_group"], config["topk_group"]
-    if method != "group_limited_greedy" or topk // chosen != 1:
-        raise refuse("topk_method", method, "greedy")
-    return args | {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+    if method != "group_limited_greedy":
+        raise refuse("topk_method", method, "greedy or group_limited_greedy")
+    return args | {
+        "moe_router_num_groups": config["n_group"],
+        "moe_router_group_topk": config["topk_group"],
+        "router_best_of_group": True,
+    }
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from swiftmeg.models.arguments import expert_args, refuse, softmax_router_args
+from swiftmeg.models.arguments import expert_args, refuse
 from swiftmeg.models.families import ernie4_5
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.layout import ONE_ROW
@@ -24,8 +24,13 @@ def to_args(config: HFConfig) -> dict[str, Any]:
     shared = (config.get("moe_num_shared_experts") or 0) * config["moe_intermediate_size"]
     return (
         ernie4_5.to_args(config)
-        | softmax_router_args({"norm_topk_prob": True}, config["moe_k"])
-        | {"moe_router_enable_expert_bias": True}
+        | {
+            # Megatron allows a bias with other scores only; the switch replaces them.
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "router_softmax_bias": True,
+            "moe_router_topk": config["moe_k"],
+        }
         | expert_args(config, config["moe_num_experts"], _layers(config), shared)
     )
 

@@ -1,0 +1,369 @@
+"""A tiny model of every family: random weights in the published form, and transformers' logits.
+
+Every parameter and buffer is random: with default values, swapped norms and forgotten biases would
+pass. Sizes are awkward on purpose: few divide each other.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.models import auto
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+from swiftmeg.models import families  # noqa: F401  (registers them)
+from swiftmeg.models.family import REGISTRY
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 163,
+    "hidden_size": 40,
+    "intermediate_size": 36,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+HEADS = {"head_dim": 12}
+EXPERTS = {"moe_intermediate_size": 20, "num_experts_per_tok": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 11,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.7,
+    "mscale_all_dim": 0.9,
+}
+TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A tiny model: transformers' config class and sizes, and what makes it special."""
+
+    config_class: str
+    sizes: dict[str, Any]
+    published: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """config.json as the family publishes it, from what transformers writes."""
+    build: Callable[[Any], torch.nn.Module] | None = None
+    """The oracle, where transformers has no class for it."""
+    experts: bool = False
+
+    def config(self) -> Any:
+        """The transformers config."""
+        return getattr(transformers, self.config_class)(**(SIZES | self.sizes))
+
+
+def _named(architecture: str, model_type: str, **keys: Any) -> Callable[..., dict[str, Any]]:
+    """A config.json under another name, with `keys` in place of those that are None."""
+
+    def publish(config: dict[str, Any]) -> dict[str, Any]:
+        changed = {k: v for k, v in config.items() if k not in keys or keys[k] is not None}
+        kept = {k: v for k, v in keys.items() if v is not None}
+        return changed | kept | {"architectures": [architecture], "model_type": model_type}
+
+    return publish
+
+
+def _deepseek(config: Any) -> torch.nn.Module:
+    """DeepSeek-MoE: Llama's attention around DeepSeek-V2's experts, whose maths is the same."""
+    model = transformers.LlamaForCausalLM(config)
+    sizes = {key: value for key, value in config.to_dict().items() if key in _DEEPSEEK}
+    for layer in model.model.layers[config.first_k_dense_replace :]:
+        layer.mlp = DeepseekV2Moe(transformers.DeepseekV2Config(**(SIZES | LATENT | sizes)))
+    return model
+
+
+_DEEPSEEK = {
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+}
+
+_V3 = LATENT | {
+    "q_lora_rank": 18,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 0,
+}
+
+SPECIMENS: dict[str, dict[str, Specimen]] = {
+    "LlamaForCausalLM": {
+        "llama": Specimen("LlamaConfig", HEADS | {"attention_bias": True, "mlp_bias": True}),
+    },
+    "MistralForCausalLM": {
+        "mistral": Specimen("MistralConfig", HEADS | {"sliding_window": None}),
+    },
+    "InternLM3ForCausalLM": {
+        "internlm3": Specimen(
+            "LlamaConfig",
+            HEADS
+            | {
+                "attention_bias": True,
+                "mlp_bias": True,
+                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 900.0, "factor": 6.0},
+                "max_position_embeddings": 32,
+            },
+            published=_named(
+                "InternLM3ForCausalLM",
+                "internlm3",
+                attention_bias=None,
+                mlp_bias=None,
+                qkv_bias=True,
+                bias=True,
+                auto_map={"AutoConfig": "configuration_internlm3.InternLM3Config"},
+            ),
+        ),
+    },
+    "Qwen2ForCausalLM": {"qwen2": Specimen("Qwen2Config", {"tie_word_embeddings": True})},
+    "MiMoForCausalLM": {
+        "mimo": Specimen(
+            "Qwen2Config",
+            {},
+            published=_named("MiMoForCausalLM", "mimo", num_nextn_predict_layers=0),
+        ),
+    },
+    "Qwen3ForCausalLM": {"qwen3": Specimen("Qwen3Config", HEADS)},
+    "Ernie4_5ForCausalLM": {
+        "ernie4_5": Specimen("Ernie4_5Config", HEADS | {"use_bias": True}),
+    },
+    "Ernie4_5_ForCausalLM": {
+        "ernie4_5-older": Specimen(
+            "Ernie4_5Config", HEADS, published=_named("Ernie4_5_ForCausalLM", "ernie4_5")
+        ),
+    },
+    "Qwen2MoeForCausalLM": {
+        "qwen2_moe": Specimen(
+            "Qwen2MoeConfig",
+            EXPERTS | {"num_experts": 6, "shared_expert_intermediate_size": 28},
+            experts=True,
+        ),
+        "qwen2_moe-normed": Specimen(
+            "Qwen2MoeConfig",
+            EXPERTS
+            | {
+                "num_experts": 6,
+                "shared_expert_intermediate_size": 28,
+                "norm_topk_prob": True,
+                "decoder_sparse_step": 2,
+            },
+            experts=True,
+        ),
+    },
+    "Qwen3MoeForCausalLM": {
+        "qwen3_moe": Specimen(
+            "Qwen3MoeConfig",
+            HEADS | EXPERTS | {"num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [2]},
+            experts=True,
+        ),
+    },
+    "MixtralForCausalLM": {
+        "mixtral": Specimen(
+            "MixtralConfig",
+            HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2},
+            experts=True,
+        ),
+    },
+    "DeepseekForCausalLM": {
+        "deepseek": Specimen(
+            "LlamaConfig",
+            _DEEPSEEK | {"first_k_dense_replace": 1},
+            published=_named("DeepseekForCausalLM", "deepseek", scoring_func="softmax"),
+            build=_deepseek,
+            experts=True,
+        ),
+    },
+    "DeepseekV2ForCausalLM": {
+        "deepseek_v2-lite": Specimen(
+            "DeepseekV2Config",
+            LATENT
+            | EXPERTS
+            | {
+                "q_lora_rank": None,
+                "n_routed_experts": 6,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 1,
+                "rope_parameters": YARN,
+            },
+            experts=True,
+        ),
+        "deepseek_v2": Specimen(
+            "DeepseekV2Config",
+            LATENT
+            | EXPERTS
+            | {
+                "q_lora_rank": 18,
+                "n_routed_experts": 6,
+                "n_shared_experts": 1,
+                "topk_method": "group_limited_greedy",
+                "n_group": 3,
+                "topk_group": 2,
+                "num_experts_per_tok": 3,
+                "routed_scaling_factor": 2.5,
+            },
+            experts=True,
+        ),
+    },
+    "DeepseekV3ForCausalLM": {
+        "deepseek_v3": Specimen("DeepseekV3Config", _V3 | {"rope_parameters": YARN}, experts=True),
+        "kimi_k2": Specimen(
+            "DeepseekV3Config",
+            _V3 | {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 2},
+            published=_named(
+                "DeepseekV3ForCausalLM",
+                "kimi_k2",
+                auto_map={"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+            ),
+            experts=True,
+        ),
+    },
+    "Dots1ForCausalLM": {
+        "dots1": Specimen(
+            "Dots1Config",
+            HEADS
+            | EXPERTS
+            | {
+                "num_key_value_heads": 4,
+                "n_routed_experts": 6,
+                "n_shared_experts": 2,
+                "first_k_dense_replace": 1,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 2.5,
+                "attention_bias": True,
+            },
+            experts=True,
+        ),
+    },
+    "Ernie4_5_MoeForCausalLM": {
+        "ernie4_5_moe": Specimen(
+            "Ernie4_5_MoeConfig",
+            {
+                "moe_intermediate_size": 20,
+                "moe_num_experts": 6,
+                "moe_k": 2,
+                "moe_num_shared_experts": 2,
+                "moe_layer_start_index": 1,
+                "moe_layer_interval": 1,
+            },
+            experts=True,
+        ),
+    },
+    "Glm4MoeForCausalLM": {
+        "glm4_moe": Specimen(
+            "Glm4MoeConfig",
+            HEADS
+            | EXPERTS
+            | {
+                "n_routed_experts": 6,
+                "n_shared_experts": 1,
+                "first_k_dense_replace": 1,
+                "routed_scaling_factor": 2.5,
+                "attention_bias": True,
+                "use_qk_norm": True,
+                "num_nextn_predict_layers": 0,
+            },
+            experts=True,
+        ),
+    },
+}
+"""Architecture -> its specimens by name."""
+
+
+def default_specimen(architecture: str) -> Specimen:
+    """A dense model of transformers' class for `architecture`."""
+    causal = auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    (kind,) = (kind for kind, name in causal.items() if name == architecture)
+    return Specimen(type(transformers.AutoConfig.for_model(kind)).__name__, HEADS)
+
+
+def _specimens() -> dict[str, Specimen]:
+    """Specimens by name: those above, and a dense one of every other family of the registry."""
+    named = {name: made for group in SPECIMENS.values() for name, made in group.items()}
+    others = REGISTRY.families.keys() - SPECIMENS.keys()
+    return named | {name: default_specimen(name) for name in sorted(others)}
+
+
+ALL = _specimens()
+
+
+def write(folder: Path, specimen: Specimen, seed: int) -> None:
+    """Write a specimen as published, and the logits of random token ids into expected.pt."""
+    config = specimen.config()
+    torch.manual_seed(seed)
+    if specimen.build is None:
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        model = specimen.build(config)
+    randomise(model)
+    if specimen.build is None:
+        model.save_pretrained(folder)
+    else:
+        config.save_pretrained(folder)
+        save_file(published(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(specimen.published(json.loads(path.read_text()))))
+    ids = torch.randint(0, config.vocab_size, (1, TOKENS))
+    with torch.no_grad():
+        logits = model.eval()(ids).logits.float()
+    torch.save({"ids": ids, "logits": logits}, folder / "expected.pt")
+
+
+def write_named(folder: Path, name: str) -> None:
+    """Write the specimen of a name."""
+    write(folder, ALL[name], seed=sum(map(ord, name)))
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Give every parameter and every stored buffer a random value; norms stay around 1."""
+    stored = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name not in stored:
+                continue
+            scale = 0.3 if tensor.dim() == 1 or "bias" in name else 1.5 / tensor.shape[-1] ** 0.5
+            tensor.normal_(0.0, scale)
+            if "norm" in name:
+                tensor.add_(1.0)
+
+
+def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights with one tensor an expert, from transformers' one a layer."""
+    result = {}
+    for name, tensor in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            for number, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                prefix = name.removesuffix("gate_up_proj") + f"{number}."
+                result[prefix + "gate_proj.weight"] = gate.contiguous()
+                result[prefix + "up_proj.weight"] = up.contiguous()
+        elif name.endswith("experts.down_proj"):
+            for number, expert in enumerate(tensor):
+                prefix = name.removesuffix("down_proj") + f"{number}."
+                result[prefix + "down_proj.weight"] = expert.contiguous()
+        else:
+            result[name] = tensor.contiguous()
+    return result
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder."""
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}

@@ -1,0 +1,157 @@
+"""What the tests of families must notice: each mistake in a family shows in its logits or names."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swiftmeg.errors import UserError
+from swiftmeg.models.family import Family, HFConfig, Row
+from tests.families.conversion import Layout, difference
+from tests.families.specimens import write_named
+from tests.ranks import run_ranks
+
+Mutation = Callable[[Family], Family]
+
+
+def _rows(change: Callable[[Row], Row | None]) -> Mutation:
+    """Change rows; None drops one."""
+
+    def mutate(family: Family) -> Family:
+        rows = tuple(new for old in family.rows if (new := change(old)) is not None)
+        assert rows != family.rows
+        return dataclasses.replace(family, rows=rows)
+
+    return mutate
+
+
+def _args(**wrong: Any) -> Mutation:
+    """Give Megatron wrong arguments."""
+
+    def mutate(family: Family) -> Family:
+        def to_args(config: HFConfig) -> dict[str, Any]:
+            args = family.to_args(config)
+            assert any(args.get(key) != value for key, value in wrong.items())
+            return args | wrong
+
+        return dataclasses.replace(family, to_args=to_args)
+
+    return mutate
+
+
+def _swap(old: Row, one: str, other: str) -> Row:
+    swapped = {one: other, other: one}
+    for word, replacement in swapped.items():
+        if old.mcore.endswith(word):
+            return dataclasses.replace(old, mcore=old.mcore.replace(word, replacement))
+    return old
+
+
+MUTATIONS: dict[str, tuple[str, Mutation]] = {
+    "gate and up swapped": (
+        "qwen3",
+        _rows(lambda row: dataclasses.replace(row, hf=row.hf[::-1]) if "fc1" in row.mcore else row),
+    ),
+    "gate and up of experts swapped": (
+        "qwen3_moe",
+        _rows(
+            lambda row: (
+                dataclasses.replace(row, hf=row.hf[::-1])
+                if "experts.linear_fc1" in row.mcore
+                else row
+            )
+        ),
+    ),
+    "q and k norm swapped": (
+        "qwen3",
+        _rows(lambda row: _swap(row, "q_layernorm.weight", "k_layernorm.weight")),
+    ),
+    "norms of the layer swapped": (
+        "llama",
+        _rows(lambda row: _swap(row, "input_layernorm.weight", "pre_mlp_layernorm.weight")),
+    ),
+    "latent norm dropped": (
+        "deepseek_v3",
+        _rows(lambda row: None if row.mcore.endswith("attention.q_layernorm.weight") else row),
+    ),
+    "bias row dropped": (
+        "qwen2",
+        _rows(lambda row: None if row.mcore.endswith("linear_qkv.bias") else row),
+    ),
+    "expert bias dropped": (
+        "deepseek_v3",
+        _rows(lambda row: None if row.mcore.endswith("expert_bias") else row),
+    ),
+    "bias not built": ("glm4_moe", _args(add_qkv_bias=False)),
+    "wrong rotary fraction": ("glm4_moe", _args(rotary_percent=1.0)),
+    "halves turned in place of pairs": ("ernie4_5", _args(rotary_interleaved=False)),
+    "norm_topk_prob ignored": ("qwen2_moe-normed", _args(moe_router_pre_softmax=True)),
+    "norm_topk_prob assumed": ("qwen2_moe", _args(moe_router_pre_softmax=False)),
+    "scaling factor ignored": ("dots1", _args(moe_router_topk_scaling_factor=None)),
+    "groups of experts ignored": (
+        "deepseek_v3",
+        _args(moe_router_num_groups=None, moe_router_group_topk=None),
+    ),
+    "groups counted by all their experts": ("deepseek_v2", _args(router_best_of_group=False)),
+    "softmax taken for sigmoid": ("ernie4_5_moe", _args(router_softmax_bias=False)),
+    "shared-expert gate ignored": ("qwen2_moe", _args(moe_shared_expert_gate=False)),
+    "shared experts ignored": ("deepseek", _args(moe_shared_expert_intermediate_size=None)),
+    "dense layer taken for experts": ("qwen3_moe", _args(moe_layer_freq=[1, 1, 1, 1])),
+}
+
+
+def mutated(root: str) -> dict[str, float | str]:
+    """The difference of logits under every mutation, or the line that refuses it."""
+    found: dict[str, float | str] = {}
+    for name, (specimen, mutation) in MUTATIONS.items():
+        try:
+            value = difference(Path(root) / specimen, Layout(1), mutation)
+            assert value is not None
+            found[name] = value
+        except UserError as error:
+            found[name] = str(error)
+    return found
+
+
+def rotated(root: str) -> float | None:
+    """The difference where each rank takes the next one's experts."""
+    from megatron.core import mpu
+
+    from swiftmeg.export import shards
+
+    size = mpu.get_expert_model_parallel_world_size
+    rank = mpu.get_expert_model_parallel_rank
+    shards.mpu.get_expert_model_parallel_rank = lambda: (rank() + 1) % size()
+    try:
+        return difference(Path(root) / "qwen3_moe", Layout(2, expert=2))
+    finally:
+        shards.mpu.get_expert_model_parallel_rank = rank
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("mutations")
+    for name in {specimen for specimen, _ in MUTATIONS.values()}:
+        write_named(folder / name, name)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def found(root: str) -> dict[str, float | str]:
+    return run_ranks(1, mutated, root)[0]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_noticed(found: dict[str, float | str], name: str) -> None:
+    result = found[name]
+    if isinstance(result, str):
+        assert "missing" in result or "no place in" in result or "no weights for" in result
+    else:
+        assert not result <= 1e-3  # ten times what equal models may differ
+
+
+def test_experts_of_another_rank_are_noticed(root: str) -> None:
+    differences = [value for value in run_ranks(2, rotated, root) if value is not None]
+    assert min(differences) > 1e-3
