@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import unicodedata
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
+
+Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class SpanTokenizer:
@@ -27,49 +31,98 @@ class SpanTokenizer:
             # space from the places, which would move a header's end into the turn behind it.
             fast.post_processor = None
             self._fast = fast
-        self._bytes_per_token = _bytes_per_token(self._fast)
+        self._bytes = _token_bytes(self._fast)
+        self._longest = int(self._bytes.max()) if self._bytes is not None else 0
 
     def at_least(self, text: str) -> int:
         """Return how many tokens `text` has at the very least, without tokenising it.
 
         0 for tokenizers of which that cannot be told.
         """
-        if self._bytes_per_token is None:
+        if self._bytes is None:
             return 0
-        return -(-len(text.encode("utf-8")) // self._bytes_per_token)
+        # NFC, the only normalisation then, makes one character of up to three.
+        return -(-len(text.encode("utf-8")) // (4 * self._longest))
 
     def ids(self, text: str) -> list[int]:
         """Return the token ids of `text`; no special token is added."""
         if self._fast is not None:
-            return list(self._fast.encode(text, add_special_tokens=False).ids)
+            return self._fast_ids(text)
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def ids_and_mask(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
-        """Return token ids and, for each, whether it begins inside one of the ordered `spans`."""
+    def ids_and_spans(
+        self, text: str, spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return token ids and, for each of the ordered `spans` of characters, the span of tokens
+        that begin inside it."""
         if self._fast is None:
             return self._by_pieces(text, spans)
+        if self._bytes is not None:
+            quick = self._by_bytes(text, spans, self._bytes)
+            if quick is not None:
+                return quick
         encoding = self._fast.encode(text, add_special_tokens=False)
-        mask, index = [], 0
-        for begin, end in encoding.offsets:
-            while index < len(spans) and begin >= spans[index][1]:
-                index += 1
-            inside = index < len(spans) and begin >= spans[index][0]
-            if not inside and index < len(spans) and end > spans[index][0]:
+        ids = list(encoding.ids)
+        found = []
+        for start, end in spans:
+            first, last = _token_at(encoding, start, len(text)), _token_at(encoding, end, len(text))
+            if (
+                first is None
+                or last is None
+                or (first < len(ids) and _begin(encoding, first) < start)
+            ):
                 return self._by_pieces(text, spans)
-            mask.append(inside)
-        return list(encoding.ids), mask
+            # The token at the end may begin inside the span, as a turn's last one together with
+            # the text behind it.
+            found.append((first, last + (last < len(ids) and _begin(encoding, last) < end)))
+        return ids, found
 
-    def _by_pieces(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def _fast_ids(self, text: str) -> list[int]:
+        assert self._fast is not None
+        (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
+
+    def _by_bytes(
+        self, text: str, spans: list[tuple[int, int]], token_bytes: Array
+    ) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Tell the places from the tokens' lengths, which is faster than to have them reported.
+
+        None where that does not work: normalisation changed the text, or a token joins the end of
+        a prompt with the beginning of a span.
+        """
+        ids = self._fast_ids(text)
+        ends = token_bytes[ids].cumsum()
+        whole = text.isascii()
+        if (ends[-1] if ids else 0) != (len(text) if whole else len(text.encode("utf-8"))):
+            return None
+        if not (whole or unicodedata.is_normalized("NFC", text)):
+            return None
+        found = []
+        for start, end in spans:
+            if not whole:
+                start, end = (len(text[:place].encode("utf-8")) for place in (start, end))
+            # Tokens 0 .. first-1 end at `start` or before it.
+            first = int(ends.searchsorted(start, side="right"))
+            if start and (not first or ends[first - 1] != start):
+                return None
+            # A token belongs to the span in which it begins.
+            last = int(ends.searchsorted(end, side="left")) + 1 if end > start else first
+            found.append((first, last))
+        return ids, found
+
+    def _by_pieces(
+        self, text: str, spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
-        mask: list[bool] = []
+        found = []
         at = 0
-        for start, end in [*spans, (len(text), len(text))]:
-            for piece, inside in ((text[at:start], False), (text[start:end], True)):
-                piece_ids = self.ids(piece) if piece else []
-                ids += piece_ids
-                mask += [inside] * len(piece_ids)
+        for start, end in spans:
+            ids += self.ids(text[at:start]) if start > at else []
+            inside = self.ids(text[start:end]) if end > start else []
+            found.append((len(ids), len(ids) + len(inside)))
+            ids += inside
             at = end
-        return ids, mask
+        return ids + (self.ids(text[at:]) if at < len(text) else []), found
 
     def fingerprint(self) -> str:
         """Return a hash of the vocabulary and all that decides how text becomes ids."""
@@ -82,8 +135,21 @@ class SpanTokenizer:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _bytes_per_token(fast: Tokenizer | None) -> int | None:
-    """Bytes of the longest token, or None where a token may stand for any number of bytes."""
+def _token_at(encoding: Any, place: int, length: int) -> int | None:
+    """The first token that covers the character at `place`, or None if none does."""
+    if place >= length:
+        return len(encoding.ids)
+    token: int | None = encoding.char_to_token(place)
+    return token
+
+
+def _begin(encoding: Any, token: int) -> int:
+    return int(encoding.token_to_chars(token)[0])
+
+
+def _token_bytes(fast: Tokenizer | None) -> Array | None:
+    """Bytes of text that each token stands for (int64 [vocabulary]), or None where that may differ
+    from place to place."""
     if fast is None:
         return None
     parts = json.loads(fast.to_str())
@@ -95,7 +161,10 @@ def _bytes_per_token(fast: Tokenizer | None) -> int | None:
     normalizer = (parts["normalizer"] or {}).get("type")
     if not byte_level or swallows or normalizer not in (None, "NFC"):
         return None
-    # Of byte-level vocabularies, each character is a byte; those of added tokens may be more.
-    longest = max(map(len, fast.get_vocab(with_added_tokens=False)), default=1)
-    longest = max([longest, *(len(token["content"].encode()) for token in parts["added_tokens"])])
-    return 4 * longest if normalizer else longest  # NFC makes one character of up to three
+    vocabulary = fast.get_vocab(with_added_tokens=True)
+    lengths = np.zeros(max(vocabulary.values(), default=0) + 1, dtype=np.int64)
+    for text, token in fast.get_vocab(with_added_tokens=False).items():
+        lengths[token] = len(text)  # of byte-level vocabularies, each character is a byte
+    for added in parts["added_tokens"]:
+        lengths[added["id"]] = len(added["content"].encode("utf-8"))
+    return lengths

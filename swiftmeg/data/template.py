@@ -7,6 +7,7 @@ from typing import Any
 
 from swiftmeg.data.chat_templates import GENERATION, ChatTemplate, find_chat_template
 from swiftmeg.data.rows import Row, RowError, RowTooLong
+from swiftmeg.data.shapes import Shapes
 from swiftmeg.data.span_tokenizer import SpanTokenizer
 from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.data.turns import Message, Turn, assistant_turns
@@ -71,6 +72,7 @@ class Template:
             self.system = self.chat.system
         self._tokens = SpanTokenizer(tokenizer)
         self._end_tokens = _end_tokens(tokenizer)
+        self._shapes = Shapes(lambda messages: self._turns(messages, None))
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the outcome of `encode`, as JSON-able values."""
@@ -110,11 +112,13 @@ class Template:
             self.context_only_turns += len(turns) - len(spans)
         if "ignore_empty_think" in self.loss_scale:
             spans = [_skip_empty_think(text, *span) for span in spans]
-        ids, mask = self._tokens.ids_and_mask(text, spans)
-        ids, mask = self._fit(ids, mask)
-        labels = [token if trained else IGNORE for token, trained in zip(ids, mask, strict=True)]
+        ids, places = self._tokens.ids_and_spans(text, spans)
+        labels = [IGNORE] * len(ids)
+        for start, end in places:
+            labels[start:end] = ids[start:end]
+        ids, labels = self._fit(ids, labels)
         labels[:1] = [IGNORE]
-        if all(label == IGNORE for label in labels):
+        if labels.count(IGNORE) == len(labels):
             raise RowError("no token to train")
         return {"input_ids": ids, "labels": labels}
 
@@ -150,7 +154,7 @@ class Template:
     def _render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
         messages = self._with_system(messages)
         try:
-            text, turns = self._turns(messages, tools)
+            text, turns = self._located(messages, tools)
         except UserError as error:
             # Either the template rewrites every conversation, or this one holds what it takes
             # for its own markup.
@@ -163,6 +167,14 @@ class Template:
             text += eos
             turns[-1] = Turn(turns[-1].start, len(text))
         return text, turns
+
+    def _located(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
+        if tools is None:
+            text = self._apply(messages, None, False)
+            turns = self._shapes.turns(messages, text)
+            if turns is not None:
+                return text, turns
+        return self._turns(messages, tools)
 
     def _turns(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
         return assistant_turns(
@@ -206,14 +218,14 @@ class Template:
     def _too_long(self, tokens: str) -> RowTooLong:
         return RowTooLong(f"longer than --max_length {self.max_length}", f"{tokens} tokens")
 
-    def _fit(self, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
+    def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         limit = self.max_length
         if limit is None or len(ids) <= limit:
-            return ids, mask
+            return ids, labels
         if self.truncation_strategy == "delete":
             raise self._too_long(str(len(ids)))
         part = slice(-limit, None) if self.truncation_strategy == "left" else slice(limit)
-        return ids[part], mask[part]
+        return ids[part], labels[part]
 
 
 def _plain(messages: list[Message]) -> list[Message]:

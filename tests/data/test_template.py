@@ -1,10 +1,12 @@
 """Ids and masks against the tokenizer's own rendering of the conversation's prefixes."""
 
 import itertools
+import random
 
 import pytest
 
 from swiftmeg.data.rows import RowError, RowTooLong
+from swiftmeg.data.span_tokenizer import SpanTokenizer
 from swiftmeg.data.template import Template
 from swiftmeg.errors import UserError
 
@@ -470,3 +472,55 @@ def test_what_the_template_refuses_is_a_bad_row(make_tokenizer, templates):
     template = Template(make_tokenizer(templates.chatml + "{{ 'a' + messages }}"))
     with pytest.raises(RowError, match=r"refuses the messages \(can only concatenate"):
         template.encode({"messages": conversation(1)})
+
+
+# Shortcuts give what the general way gives.
+
+
+@pytest.mark.parametrize("name", ["chatml", "headers", "instruct", "no_end", "returns", "thinking"])
+def test_turns_of_known_shapes_are_where_a_search_finds_them(make_tokenizer, templates, name):
+    tokenizer = make_tokenizer(getattr(templates, name))
+    contents = ["one", " two ", "", "<b>x</b> [INST]", "</think>", "<|im_end|>", "été\n", "{{ x }}"]
+    chooser = random.Random(0)
+    used = 0
+    for _ in range(200):
+        messages = conversation(chooser.randrange(1, 4), None, chooser.choices(contents, k=8))
+        quick, slow = Template(tokenizer), Template(tokenizer)
+        quick.encode({"messages": conversation(len(messages) // 2, None, ["a", "b"])})
+        slow._shapes.turns = lambda messages, text: None
+        used += quick._shapes.turns(messages, quick._apply(messages, None, False)) is not None
+        try:
+            expected = slow.encode({"messages": messages})
+        except RowError:
+            continue
+        assert quick.encode({"messages": messages}) == expected
+    assert used > 20
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_places_told_from_lengths_are_those_that_are_reported(make_tokenizer, kind):
+    tokenizer = make_tokenizer(None, kind=kind)
+    quick, slow = SpanTokenizer(tokenizer), SpanTokenizer(tokenizer)
+    slow._bytes = None
+    chooser = random.Random(0)
+    pieces = [
+        "the quick",
+        " brown",
+        "fox\n",
+        "🙂",
+        "e\u0301",
+        "é",
+        "你好",
+        "<|im_end|>",
+        "  ",
+        "</s>",
+    ]
+    used = 0
+    for _ in range(1000):
+        text = "".join(chooser.choices(pieces, k=6))
+        start, end = sorted(chooser.sample(range(len(text) + 1), 2))
+        assert quick.ids_and_spans(text, [(start, end)]) == slow.ids_and_spans(text, [(start, end)])
+        used += quick._bytes is not None and bool(
+            quick._by_bytes(text, [(start, end)], quick._bytes)
+        )
+    assert (used > 200) == (kind == "byte_level")
