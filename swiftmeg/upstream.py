@@ -286,3 +286,25 @@ def _original(module: Any, name: str) -> Any:
     """The upstream function behind an earlier patch, so that patches of two runs do not pile up."""
     function = getattr(module, name)
     return getattr(function, "_original", function)
+
+
+@contextlib.contextmanager
+def only_own_groups() -> Iterator[None]:
+    """Let initialize_model_parallel() make only the process groups that this rank is in.
+
+    A real job must make all of them on every rank; alone, with stand-ins for groups, the thousands
+    of others would cost minutes. Can go when they are made lazily.
+    """
+    from megatron.core import parallel_state
+
+    original = parallel_state.create_group
+
+    def create_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        own = torch.distributed.get_rank() in ranks
+        return original(ranks, *args, **kwargs) if own else None
+
+    parallel_state.create_group = create_group
+    try:
+        yield
+    finally:
+        parallel_state.create_group = original

@@ -116,14 +116,15 @@ def _cannot_split(name: str, value: int, tp: int) -> str:
 
 def check_training(args: Any, model: HFModel) -> None:
     """UserError for the first combination of training arguments that cannot work."""
-    if not args.dataset:
+    if not args.dataset and not args.dry_run:
         raise UserError("--dataset is needed: name at least one file, folder or hub id")
-    if args.max_epochs is None and args.train_iters is None:
+    if args.max_epochs is None and args.train_iters is None and not args.dry_run:
         raise UserError("--max_epochs or --train_iters is needed: set one")
     _check_freezing(args)
     _check_lora(args)
     check_combinations(args, model)
-    check_machine(args)
+    if not args.dry_run:
+        check_machine(args)
     check_batch(args, check_layout(args, model))
 
 

@@ -10,6 +10,8 @@ import yaml
 from swiftmeg.errors import UserError
 
 SUFFIXES = (".yaml", ".yml", ".json")
+TRUE = {"true", "yes", "on", "1"}
+"""Words that mean true."""
 ENVIRONMENT = "ENV"
 """The key whose entries are environment variables."""
 
@@ -42,6 +44,19 @@ def config_words(file: str) -> list[str]:
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(_word, values)]
     return words
+
+
+def asks_for(argv: list[str], name: str) -> bool:
+    """Whether the boolean flag `name` is on in `argv` or in the file that it names."""
+    file, words = split_config(argv)
+    words = [*(config_words(file) if file else []), *words]
+    value = False
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        flag, given, text = word.partition("=")
+        if flag.replace("-", "_") == "__" + name:
+            text = text if given else "true" if after.startswith("--") else after
+            value = text.lower() in TRUE
+    return value
 
 
 def export_environment(argv: list[str], environ: MutableMapping[str, str]) -> None:

@@ -276,6 +276,10 @@ class LoopArguments:
 
     transformer_impl: Literal["transformer_engine", "native", "local"] | None = None
     """Layer backend. None: transformer_engine where it is installed with a GPU, else native."""
+    dry_run: bool = False
+    """Check everything and print the plan, i.e. parameters and memory of every rank and the batch
+    arithmetic, instead of training; in one process, without a GPU, for NPROC_PER_NODE x NNODES
+    processes."""
     max_epochs: int | None = None
     """Stop after this many passes over the data."""
     no_log_learning_rate_to_tensorboard: bool = False

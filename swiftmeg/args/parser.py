@@ -17,10 +17,9 @@ import types
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from swiftmeg.args.aliases import aliases_of, merge_aliases
-from swiftmeg.args.config import config_words, split_config
+from swiftmeg.args.config import TRUE, config_words, split_config
 from swiftmeg.errors import UserError
 
-_TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 
 
@@ -48,8 +47,8 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def _boolean(text: str) -> bool:
     word = text.lower()
-    if word in _TRUE | _FALSE:
-        return word in _TRUE
+    if word in TRUE | _FALSE:
+        return word in TRUE
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
 
 

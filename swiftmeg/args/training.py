@@ -87,7 +87,7 @@ def _choose_dtype(args: Any, sources: dict[str, str], model: HFModel) -> None:
         if getattr(args, flag):
             args.torch_dtype, sources["torch_dtype"] = dtype, f"--{flag}"
     if sources["torch_dtype"] in ("default", "args.json"):
-        if not platform.has_cuda():
+        if not platform.has_cuda() and not args.dry_run:
             args.torch_dtype, sources["torch_dtype"] = "float32", "no GPU"
         elif args.torch_dtype is None:
             args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"

@@ -57,6 +57,14 @@ def requested(environ: Mapping[str, str]) -> bool:
     return asked and "LOCAL_RANK" not in environ
 
 
+def job_size(environ: Mapping[str, str]) -> int:
+    """How many processes the environment asks for; UserError for a value that is no number."""
+    if "NPROC_PER_NODE" not in environ and "NNODES" not in environ:
+        return _number(environ, "WORLD_SIZE", 1, minimum=1)
+    nproc = _number(environ, "NPROC_PER_NODE", 1, minimum=1)
+    return nproc * _number(environ, "NNODES", 1, minimum=1)
+
+
 def topology(environ: Mapping[str, str]) -> Topology:
     """Read the job's shape from the environment.
 

@@ -7,7 +7,7 @@ import sys
 from typing import NamedTuple
 
 import swiftmeg
-from swiftmeg.args.config import export_environment
+from swiftmeg.args.config import asks_for, export_environment
 from swiftmeg.cli import launch
 from swiftmeg.cli.failure import guarded
 from swiftmeg.errors import UserError
@@ -66,7 +66,10 @@ def _dispatch(program: str, argv: list[str]) -> int | None:
     if command.distributed and not wants_help:
         # Megatron's overlap of communication with computation relies on one hardware queue.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-        if launch.requested(os.environ):
+        if asks_for(argv[1:], "dry_run"):
+            # One process stands for all, wherever it was started.
+            os.environ["WORLD_SIZE"] = str(launch.job_size(os.environ))
+        elif launch.requested(os.environ):
             return launch.launch(["-m", "swiftmeg.cli.main", program, *argv])
     module, _, function = command.target.partition(":")
     code: int | None = getattr(importlib.import_module(module), function)(argv[1:])

@@ -11,6 +11,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
+from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.layers import block_spec
 from swiftmeg.models.layout import Dims
@@ -69,7 +70,10 @@ def model_config(
                 _leave_out_extra_state(model)
         return models
 
-    config = gpt_config_from_args(args)
+    try:
+        config = gpt_config_from_args(args)
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses these arguments: {error}") from None
     if config.transformer.multi_latent_attention:
         # The kind that takes a factor on cosine and sine, which is 1 unless the scaling is yarn.
         config.transformer.rope_type = "yarn"

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import logging
 import math
-from typing import Any
+from typing import Any, Protocol
 
 from swiftmeg import platform
 from swiftmeg.args.moe import expert_flags, prediction_flags
@@ -14,10 +14,26 @@ from swiftmeg.models.build import padded_vocab_size
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layers import choose_backend
 from swiftmeg.models.rope import rope_type
-from swiftmeg.trainers.data import TrainingData, length_multiple
+from swiftmeg.trainers.data import length_multiple
 
 
-def training_namespace(args: Any, model: HFModel, data: TrainingData) -> argparse.Namespace:
+class DataSizes(Protocol):
+    """What the data decide of Megatron's arguments."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, or of a pack."""
+
+    @property
+    def train_iters(self) -> int | None:
+        """Optimizer steps."""
+
+    @property
+    def eval_iters(self) -> int:
+        """Batches per evaluation."""
+
+
+def training_namespace(args: Any, model: HFModel, data: DataSizes) -> argparse.Namespace:
     """Combine flags, the model's arguments and what the data say; sets Megatron's globals."""
     backend = choose_backend(args.transformer_impl)
     flags = model_flags(model.megatron_args)

@@ -41,21 +41,22 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     adapters = start_from(args, sources, model)
     note = checkpoint_defaults(args, sources)
     check_training(args, model)
-    check_writable("--save", _save_root(args, model))
+    check_writable("--save", save_root(args, model))
     if args.load is None:
         check_names(model.family, model.config, HFWeights(model.folder))
     data = prepare_data(args, model)
     platform.prepare()
     distributed.initialize(args.distributed_timeout_minutes)
     settle_start(args, note)
-    folder = next_version(_save_root(args, model), args.add_version)
+    folder = next_version(save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():
         print(describe(args, sources), flush=True)
     _run_loop(Run(args, sources, model, folder, data, adapters))
 
 
-def _save_root(args: Any, model: HFModel) -> Path:
+def save_root(args: Any, model: HFModel) -> Path:
+    """The folder that --save or its default names."""
     return Path(args.save or Path("megatron_output") / model.folder.name).expanduser().resolve()
 
 

@@ -141,9 +141,9 @@ def environ(name: str) -> Callable[[Context], Any]:
 
 
 def save_root(context: Context) -> Any:
-    from swiftmeg.trainers.run import _save_root
+    from swiftmeg.trainers.run import save_root as root
 
-    return _save_root(context.args, context.model).name
+    return root(context.args, context.model).name
 
 
 def versioned(context: Context) -> Any:
@@ -288,6 +288,7 @@ LOOP: dict[str, Row] = {
     "transformer_impl": Refused(
         "transformer_engine", "--transformer_impl transformer_engine needs"
     ),
+    "dry_run": ShownBy("tests/planning/test_dry_run.py", '"dry_run": "true"'),
     "max_epochs": Changes(2, train_iters, 3, {"train_iters": 50}),
     "no_log_learning_rate_to_tensorboard": ShownBy(
         "tests/args/test_parameters.py", "test_the_learning_rate_can_be_left_out"

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +17,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import fork_context, run_ranks
+from tests.cli.commands import (
+    JOB_VARIABLES,
+    SECONDS,
+    Case,
+    check_message,
+    export,
+    ranks,
+    run_forked,
+    sft,
+    snapshot,
+    to_hf,
+    to_mcore,
+)
+from tests.ranks import run_ranks
 from tests.tiny import save_model
-
-SECONDS = 2 * 15 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-"""How long a failing command may take: 15 on an idle machine of some speed."""
 
 UNREACHABLE = {
     "MODELSCOPE_DOMAIN": "127.0.0.1:9",
     "HF_ENDPOINT": "http://127.0.0.1:9",
     "HTTPS_PROXY": "http://127.0.0.1:9",
 }
-
-
-def words(program: str, flags: dict[str, Any], changes: dict[str, Any]) -> list[str]:
-    """A command line; a change to None leaves the flag out, a list gives it several values."""
-    line = program.split()
-    for name, value in (flags | changes).items():
-        if value is not None:
-            line += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
-    return line
-
-
-def sft(**changes: Any) -> list[str]:
-    flags = {
-        "model": "llama",
-        "dataset": "rows.jsonl",
-        "train_iters": 2,
-        "global_batch_size": 4,
-        "num_workers": 0,
-        "save": "out",
-    }
-    return words("megatron sft", flags, changes)
-
-
-def export(**changes: Any) -> list[str]:
-    return words("swift export", {"output_dir": "out"}, changes)
-
-
-def to_mcore(**changes: Any) -> list[str]:
-    return export(**({"model": "llama", "to_mcore": "true"} | changes))
-
-
-def to_hf(**changes: Any) -> list[str]:
-    return export(**({"model": "llama", "mcore_model": "ckpt", "to_hf": "true"} | changes))
-
-
-@dataclass
-class Case:
-    """A command, run in the folder of `inputs`, and the line (a regular expression) it ends in."""
-
-    name: str
-    command: list[str]
-    expected: str
-    environ: dict[str, str] = field(default_factory=dict)
-    late: bool = False
-    """Needs Megatron to be found: the others must not get as far as starting it."""
-
-
-def ranks(count: int) -> dict[str, str]:
-    """The environment of rank 0 of a job; early checks need no more of it."""
-    return {"WORLD_SIZE": str(count), "RANK": "0", "LOCAL_RANK": "0"}
 
 
 CASES = [
@@ -108,7 +67,7 @@ CASES = [
         UNREACHABLE,
     ),
     Case("no-config", sft(model="no-config"), "no-config: there is no config.json"),
-    Case("config-cut", sft(model="config-cut"), "config-cut.*config.json.*not.*JSON"),
+    Case("config-cut", sft(model="config-cut"), "config-cut.*config.json.*cannot be read"),
     Case("config-list", sft(model="config-list"), "config-list.*config.json"),
     Case("gpt2", sft(model="gpt2"), "config.json names GPT2LMHeadModel; supported are .*Llama"),
     Case("new-type", sft(model="new-type"), "config.json.*brandnew"),
@@ -200,23 +159,6 @@ CASES = [
     Case("save-below-file", sft(save="rows.jsonl/x"), "--save .*rows.jsonl"),
     Case("save-read-only", sft(save="/sys/swiftmeg"), "--save /sys/swiftmeg"),
     Case("shard-size", to_hf(max_shard_size="5 apples"), "--max_shard_size '5 apples'"),
-    # Combinations.
-    Case("recompute-full", sft(recompute_granularity="full"), "full needs --recompute_method"),
-    Case("recompute-layers", sft(recompute_granularity="full", recompute_method="uniform"),
-         "full needs --recompute_num_layers"),
-    Case("recompute-method", sft(recompute_method="block"),
-         "block needs --recompute_granularity full"),
-    Case("warmups", sft(lr_warmup_fraction=0.1, lr_warmup_iters=1), "exclude each other"),
-    Case("min-lr", sft(min_lr=1), "--min_lr 1.0 is above --lr"),
-    Case("overlap", sft(overlap_param_gather="true"), "needs --overlap_grad_reduce true"),
-    Case("sgd", sft(optimizer="sgd"), "--optimizer sgd needs --use_distributed_optimizer false"),
-    Case("te", sft(transformer_impl="transformer_engine"), "--transformer_impl transf", late=True),
-    Case("extra-unknown", sft(extra_megatron_kwargs='{"num_layer": 2}'),
-         "--extra_megatron_kwargs: Megatron has no argument num_layer: did you mean", late=True),
-    Case("extra-value", sft(extra_megatron_kwargs='{"num_experts": "x"}'),
-         "num-experts", late=True),
-    Case("extra-refused", sft(extra_megatron_kwargs='{"context_parallel_size": 2}'),
-         "Megatron refuses", late=True),
     # The job.
     Case("processes", sft(), "NPROC_PER_NODE='abc' must be a", {"NPROC_PER_NODE": "abc"}),
     Case("nodes", sft(), "NNODES=2 needs MASTER_ADDR", {"NNODES": "2"}),
@@ -340,62 +282,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(work)
     make_checkpoints(work)
     return work
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    return {
-        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
-        for path in folder.rglob("*")
-    }
-
-
-JOB_VARIABLES = ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def run_forked(case: Case, folder: Path, scratch: Path) -> tuple[int, str]:
-    """Run a command in a fork of a process that has imported everything; exit code and stderr."""
-    output = scratch / "stderr"
-    environ = case.environ | {"SWIFTMEG_CACHE": str(scratch / "cache")}
-    process = fork_context().Process(
-        target=_forked_main, args=(case.command, environ, case.late, str(folder), str(output))
-    )
-    process.start()
-    process.join(timeout=SECONDS)
-    if process.exitcode is None:
-        process.kill()
-        pytest.fail(f"{' '.join(case.command)} hangs:\n{output.read_text()}")
-    return process.exitcode, output.read_text()
-
-
-def _forked_main(
-    command: list[str], environ: dict[str, str], late: bool, folder: str, output: str
-) -> None:
-    from swiftmeg import platform
-    from swiftmeg.cli.main import run
-
-    os.chdir(folder)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
-    for name in JOB_VARIABLES:
-        os.environ.pop(name, None)
-    os.environ.update(environ)
-    if not late:
-
-        def started() -> None:
-            raise AssertionError("Megatron was started")
-
-        platform.prepare = started
-    code = run(command[0], command[1:])
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def check_message(text: str, expected: str) -> None:
-    lines = text.splitlines()
-    assert sum(line.startswith("error: ") for line in lines) == 1, text
-    assert lines[-1].startswith("error: "), text
-    assert "Traceback" not in text
-    assert re.search(expected, lines[-1]), lines[-1]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

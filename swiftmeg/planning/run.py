@@ -1,0 +1,79 @@
+"""A dry run: every check that training makes, then the plan instead of the training."""
+
+import copy
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from swiftmeg import platform
+from swiftmeg.args.check import check_training, check_writable, checkpoint_defaults
+from swiftmeg.args.resolve import describe
+from swiftmeg.export.weights import HFWeights, check_names
+from swiftmeg.models.hf import HFModel
+from swiftmeg.trainers.data import prepare_data
+from swiftmeg.trainers.run import save_root
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the data say of a run."""
+
+    longest: int
+    """Tokens of the longest sample, or of a pack."""
+    train_iters: int | None
+    eval_iters: int = 0
+    rows: int | None = None
+    """Samples, or packs, of the training set."""
+
+
+def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
+    """Print the plan of a training command; nothing is written and no other process is needed."""
+    checkpoint_defaults(args, sources)
+    check_training(args, model)
+    check_writable("--save", save_root(args, model))
+    if args.load is None and any(model.folder.glob("*.safetensors*")):
+        check_names(model.family, model.config, HFWeights(model.folder, model.config))
+    sizes = _sizes(args, model)
+    print(describe(args, sources), flush=True)
+    platform.prepare()
+    from swiftmeg import upstream
+    from swiftmeg.planning.report import report
+    from swiftmeg.planning.stages import build_stages
+
+    upstream.apply()
+    megatron = make_namespace(args, model, sizes)
+    stages = build_stages(megatron, model.hf_config, _hooks(args))
+    megatron.layer_backend = _backend(args)
+    for line in report(args, megatron, model, stages, sizes):
+        print(line)
+
+
+def _sizes(args: Any, model: HFModel) -> Sizes:
+    """From the data; without --dataset from --max_length, else from what the model can take."""
+    if args.dataset:
+        data = prepare_data(args, model.tokenizer())
+        return Sizes(data.longest, data.train_iters, data.eval_iters, len(data.train))
+    longest = args.seq_length or args.max_length or model.config["max_position_embeddings"]
+    return Sizes(longest, args.train_iters)
+
+
+def make_namespace(args: Any, model: HFModel, sizes: Sizes) -> Any:
+    """Megatron's namespace of the run; its layers are native ones, which need no GPU."""
+    from swiftmeg.trainers.namespace import training_namespace
+
+    os.environ.update(RANK="0", LOCAL_RANK="0")
+    planned = copy.copy(args)
+    planned.transformer_impl = "native"
+    return training_namespace(planned, model, sizes)
+
+
+def _backend(args: Any) -> str:
+    """The layers of the training: a plan is for GPUs with TransformerEngine unless it is told."""
+    return "native" if args.transformer_impl in ("native", "local") else "transformer_engine"
+
+
+def _hooks(args: Any) -> list[Any]:
+    """What training changes in the bare model."""
+    from swiftmeg.tuners.freezing import freeze
+
+    return [lambda models: freeze(models, args)] if args.freezes else []
