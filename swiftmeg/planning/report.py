@@ -55,8 +55,9 @@ def count_parameters(megatron: argparse.Namespace, stages: list[Stage]) -> int:
     total = 0
     for chunk in (chunk for stage in stages for chunk in stage.chunks):
         for weight in chunk.weights:
-            is_head = weight.name == "output_layer.weight"
-            is_embedding = weight.name == "embedding.word_embeddings.weight"
+            name = weight.name.replace(".base_layer", "")
+            is_head = name == "output_layer.weight"
+            is_embedding = name == "embedding.word_embeddings.weight"
             if (is_head and not untied) or (is_embedding and not chunk.first):
                 continue
             total += weight.size * weight.copies - padding * (is_head or is_embedding)
@@ -92,7 +93,7 @@ def _batch(args: Any, megatron: argparse.Namespace) -> str:
 def _tokens(args: Any, megatron: argparse.Namespace, sizes: Any) -> str:
     length = megatron.seq_length
     source = "of a pack" if args.packing else "of the longest sample"
-    if sizes.rows is None:
+    if not args.dataset:
         source = "assumed, as no --dataset is named"
     return f"{length:,} a sample ({source}): at most {length * args.global_batch_size:,} a step"
 

@@ -12,6 +12,7 @@ from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.data import prepare_data
 from swiftmeg.trainers.run import save_root
+from swiftmeg.tuners.start import start_from
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Sizes:
 
 def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
     """Print the plan of a training command; nothing is written and no other process is needed."""
+    start_from(args, sources, model)
     checkpoint_defaults(args, sources)
     check_training(args, model)
     check_writable("--save", save_root(args, model))
@@ -39,10 +41,11 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
     from swiftmeg import upstream
     from swiftmeg.planning.report import report
     from swiftmeg.planning.stages import build_stages
+    from swiftmeg.trainers.hooks import tuner_hooks
 
     upstream.apply()
     megatron = make_namespace(args, model, sizes)
-    stages = build_stages(megatron, model.hf_config, _hooks(args))
+    stages = build_stages(megatron, model.hf_config, tuner_hooks(args))
     megatron.layer_backend = _backend(args)
     for line in report(args, megatron, model, stages, sizes):
         print(line)
@@ -51,8 +54,9 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
 def _sizes(args: Any, model: HFModel) -> Sizes:
     """From the data; without --dataset from --max_length, else from what the model can take."""
     if args.dataset:
-        data = prepare_data(args, model.tokenizer())
-        return Sizes(data.longest, data.train_iters, data.eval_iters, len(data.train))
+        data = prepare_data(args, model)
+        rows = None if args.streaming else len(data.train)
+        return Sizes(data.longest, data.train_iters, data.eval_iters, rows)
     longest = args.seq_length or args.max_length or model.config["max_position_embeddings"]
     return Sizes(longest, args.train_iters)
 
@@ -70,10 +74,3 @@ def make_namespace(args: Any, model: HFModel, sizes: Sizes) -> Any:
 def _backend(args: Any) -> str:
     """The layers of the training: a plan is for GPUs with TransformerEngine unless it is told."""
     return "native" if args.transformer_impl in ("native", "local") else "transformer_engine"
-
-
-def _hooks(args: Any) -> list[Any]:
-    """What training changes in the bare model."""
-    from swiftmeg.tuners.freezing import freeze
-
-    return [lambda models: freeze(models, args)] if args.freezes else []

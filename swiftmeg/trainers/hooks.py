@@ -33,16 +33,20 @@ def model_hooks(run: Run, megatron: Any) -> list[Callable[[list[Any]], list[Any]
         hooks.append(partial(load_weights, folder=args.load))
     if args.is_lora or args.freezes:
         upstream.store_layers_by_number()
-    if args.is_lora:
-        hooks.append(partial(attach, args=args, seed=args.seed))
-        if (adapters := run.adapters) is not None:
+    hooks += tuner_hooks(args)
+    if args.is_lora and (adapters := run.adapters) is not None:
 
-            def from_peft(models: list[Any]) -> list[Any]:
-                dims = dims_of(megatron)
-                fill_adapters(models, adapters, model.family, model.config, dims)
-                return models
+        def from_peft(models: list[Any]) -> list[Any]:
+            dims = dims_of(megatron)
+            fill_adapters(models, adapters, model.family, model.config, dims)
+            return models
 
-            hooks.append(from_peft)
-    elif args.freezes:
-        hooks.append(partial(freeze, args=args))
+        hooks.append(from_peft)
     return hooks
+
+
+def tuner_hooks(args: Any) -> list[Callable[[list[Any]], list[Any]]]:
+    """The hooks that decide which parameters there are and which of them are trained."""
+    if args.is_lora:
+        return [partial(attach, args=args, seed=args.seed)]
+    return [partial(freeze, args=args)] if args.freezes else []

@@ -123,6 +123,8 @@ def initialise(each: Attached, seed: int) -> None:
     """
     table = isinstance(each.adapter, EmbeddingAdapter)
     factor = each.adapter.B if table else each.adapter.A
+    if factor.weight.is_meta:
+        return  # a dry run, whose weights have shapes only
     for number, shard in numbered(factor, each.adapter):
         whole = list(shard.shape)
         if factor.axis is not None:

@@ -89,6 +89,17 @@ def test_it_plans_for_gpus(tmp_path: Path) -> None:
     assert 45 < peaks(text)[0] < 60
 
 
+def test_it_counts_what_is_trained(tmp_path: Path) -> None:
+    """A rank's adapters alone take gradients and optimizer states."""
+    (tmp_path / "in").mkdir()
+    save_config(tmp_path / "in" / "model", PUBLISHED["Qwen2.5-1.5B"])
+    flags = {"model": "model", "train_type": "lora", "target_modules": "linear_qkv"}
+    layout = {"pipeline_model_parallel_size": 2}
+    text = dry_run(tmp_path, tmp_path / "in", {"NPROC_PER_NODE": "2"}, **flags, **layout)
+    adapters = 14 * 8 * (1536 + 2048)
+    assert text.count(f"  {adapters:,}  ") == 2
+
+
 def test_it_counts_the_data(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     save_model(folder / "llama", "llama")
@@ -111,7 +122,7 @@ def test_it_finds_what_training_would_find(tmp_path: Path) -> None:
              "4 does not divide the model's num_attention_heads=6", {"NPROC_PER_NODE": "8"}),
         Case("world", words("megatron sft", plan, {"pipeline_model_parallel_size": 2}),
              "1 process cannot be split"),
-        Case("weights", words("megatron pt", plan, {"model": "cut"}), "model.safetensors cannot be read"),
+        Case("weights", words("megatron pt", plan, {"model": "cut"}), "safetensors cannot be read"),
         Case("rows", words("megatron sft", plan, {"dataset": "no.jsonl"}), "no.jsonl: there is no"),
         Case("count", words("megatron sft", plan, {}), "NNODES='x' must be", {"NNODES": "x"}),
     ]  # fmt: skip
