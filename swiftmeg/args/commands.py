@@ -59,6 +59,23 @@ class PtArguments(SftArguments):
 
 
 @dataclass
+class InspectionArguments:
+    """Inspection"""
+
+    inspect: bool = False
+    """Print rows with what is trained of them, and draw their lengths."""
+    inspect_samples: int = 3
+    """Rows that are printed."""
+    inspect_output: str = "data_lengths.png"
+    """File of the drawing."""
+
+
+@dataclass
+class PrepareArguments(InspectionArguments, SftArguments):
+    """megatron data: prepare the data of a training command, whose flags it takes."""
+
+
+@dataclass
 class ConversionArguments:
     """Conversion"""
 

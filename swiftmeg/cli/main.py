@@ -26,6 +26,9 @@ COMMANDS: dict[str, dict[str, Command]] = {
     "megatron": {
         "sft": Command("swiftmeg.cli.sft:main", "supervised fine-tuning", distributed=True),
         "pt": Command("swiftmeg.cli.pt:main", "(continued) pre-training", distributed=True),
+        "data": Command(
+            "swiftmeg.cli.data:main", "prepare the data of a training command, and look at them"
+        ),
     },
     "swift": {
         "export": Command(
