@@ -100,7 +100,8 @@ def _resume_torch_adam() -> None:
     """Let the distributed optimizer load a checkpoint into torch's Adam.
 
     Without TransformerEngine and apex, where Adam keeps a step count with each parameter, it
-    asserts that an optimizer has made a step before it loads, gives all parameters one tensor as
+    asserts that an optimizer has made a step before it loads and has a parameter on every rank
+    (which that of experts has not on a stage of dense layers), gives all parameters one tensor as
     their count, which each of them increments, and looks for the count where the moments are.
     Can go when a run resumes without this.
     """
@@ -121,7 +122,16 @@ def _resume_torch_adam() -> None:
                         key: torch.zeros_like(parameter) for key in self.optimizer_state_keys
                     }
                     self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
-        return save(self)
+        state = self.optimizer.state
+        steps = [float(each["step"]) for each in state.values()]
+        step = torch.tensor(max(steps, default=0.0), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(step, op=torch.distributed.ReduceOp.MAX)
+        if not steps:
+            state["no parameter here"] = {"step": step}
+        try:
+            return save(self)
+        finally:
+            state.pop("no parameter here", None)
 
     def load_state_dict(self: Any, state: Any) -> None:
         load(self, state)

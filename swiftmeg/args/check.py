@@ -169,6 +169,12 @@ def _check_lora(args: Any) -> None:
             "--train_type lora freezes every weight: drop --freeze_parameters, "
             "--freeze_parameters_regex and --freeze_parameters_ratio"
         )
+    for name in ("tp_comm_overlap", "moe_shared_expert_overlap"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name} true changes how layers communicate, which their adapters do not "
+                "follow: drop it with --train_type lora"
+            )
     if args.lora_rank < 1:
         raise UserError(f"--lora_rank {args.lora_rank}: must be at least 1")
     if not 0 <= args.lora_dropout < 1:

@@ -7,7 +7,7 @@ from typing import Any
 from swiftmeg import distributed, platform
 from swiftmeg.args.check import check_layout
 from swiftmeg.args.resolve import ARGS_FILE, describe, read_args_file, write_args_file
-from swiftmeg.args.tuner import ADAPTER
+from swiftmeg.args.tuner import ADAPTER, STARTS
 from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.export.convert import check_target, parse_size, unfinished_folder
@@ -185,5 +185,5 @@ def _write_args(folder: Path, adapters: Path, args: Any, sources: dict[str, str]
         return
     import json
 
-    kept = {name: value for name, value in saved.items() if name not in (*ADAPTER, "adapter_load")}
+    kept = {name: value for name, value in saved.items() if name not in (*ADAPTER, *STARTS)}
     (folder / ARGS_FILE).write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.load import EMBEDDING, OUTPUT
-from swiftmeg.export.shards import live_weights
+from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.export.weights import listed
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
@@ -33,8 +33,8 @@ def to_hf_form(
         for row, a, b in _matrices(each, plan):
             if _speaks(each.adapter.A.weight.dim() == 3):
                 mine.factors |= _split(each, row, a, b, dims)
-    for live in live_weights(models):
-        if not live.tensor.requires_grad or live.name not in plan:
+    for live in _trained(models):
+        if live.name not in plan:
             continue
         row = plan[live.name]
         whole = row.layout.unshard(_gather(live.tensor, live.axis, live.group), live.axis)
@@ -51,6 +51,17 @@ def to_hf_form(
         whole_model.factors |= part.factors
         whole_model.trained |= part.trained
     return whole_model
+
+
+def _trained(models: list[Any]) -> Iterator[LiveWeight]:
+    """Weights that are trained beside the adapters, and the buffers of modules trained whole."""
+    weights = list(live_weights(models))
+    whole = {each.name for each in weights if each.tensor.requires_grad}
+    for each in weights:
+        beside = each.name.rpartition(".")[0] + ".weight"
+        is_buffer = not isinstance(each.tensor, torch.nn.Parameter)
+        if each.name in whole or (is_buffer and beside in whole):
+            yield each
 
 
 def _speaks(routed: bool) -> bool:
@@ -118,10 +129,10 @@ def fill_adapters(
             a.copy_(_cut(each, row, adapter.A, whole_a))
             b.copy_(_cut(each, row, adapter.B, whole_b))
             used.update(row.hf)
-    for live in live_weights(models):
+    for live in _trained(models):
         tied_head = live.name == OUTPUT and live.name not in plan
         name = EMBEDDING if tied_head else live.name
-        if not live.tensor.requires_grad or name not in plan:
+        if name not in plan:
             continue
         row = plan[name]
         if missing := [name for name in row.hf if name not in adapters.trained]:

@@ -13,7 +13,7 @@ from swiftmeg.models.family import Row
 from swiftmeg.models.hf import HFModel
 from swiftmeg.tuners.adapters import Attached, attached, numbered, store_everything
 from swiftmeg.tuners.layers import EmbeddingAdapter
-from swiftmeg.tuners.peft_format import refuse_tied, to_adapters, weight_names
+from swiftmeg.tuners.peft_format import refuse_tied, to_adapters
 
 _PROBES = 4
 """Random inputs for which a merged weight is compared with the adapter."""
@@ -63,7 +63,7 @@ class MergedWeights(HFWeights):
 
     def __init__(self, model: HFModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__(model.folder, model.config)
-        self.adapters = to_adapters(config, tensors, weight_names(model))
+        self.adapters = to_adapters(config, tensors, model)
         if model.config.get("tie_word_embeddings"):
             refuse_tied(self.adapters)
         rank = config["r"]

@@ -33,9 +33,11 @@ def save_peft(models: list[Any], folder: Path, args: Any, model: HFModel, dims: 
 
 def base_folder(args: Any) -> str | None:
     """The HF folder whose weights the adapters were trained on; None if only Megatron has them."""
-    if args.load is None or read_args_file(args.load).get("to_mcore"):
+    if args.load is None:
         return str(args.model)
-    return None
+    made = read_args_file(args.load)
+    converted = made.get("to_mcore") and not made.get("mcore_adapters") and not made.get("adapters")
+    return str(args.model) if converted else None
 
 
 def peft_logits(model: Path, folder: Path, ids: Tensor) -> Tensor:

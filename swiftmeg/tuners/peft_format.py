@@ -2,12 +2,15 @@
 
 transformers 5 holds a layer's routed experts as two three-dimensional parameters. PEFT adapts such
 a parameter (`target_parameters`) with the factors of all experts in one pair of matrices: A lists
-expert after expert, in B the expert changes fastest.
+expert after expert, in B the expert changes fastest. In a model with such experts PEFT takes every
+target module that is called like a published expert's layer for those experts, so the dense layers
+and shared experts of that name are listed by their parameters, too.
 """
 
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,75 +22,28 @@ from torch import Tensor
 
 from swiftmeg.args.tuner import LoraArguments
 from swiftmeg.errors import UserError
+from swiftmeg.models.family import Row
 from swiftmeg.models.hf import HFModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
-_STACKED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"} | {
-    "w1": "gate_up_proj",
-    "w3": "gate_up_proj",
-    "w2": "down_proj",
-}
-"""A published expert's tensors -> the parameters in which transformers stacks them."""
-_EMBEDDINGS = ("embed_tokens",)
-_ROUTERS = (".mlp.gate", ".block_sparse_moe.gate")
+_EMBEDDING = "embed_tokens"
+_LIKE_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
+"""Last parts of names that PEFT takes for an expert's in a model with routed experts."""
+
+Pair = tuple[Tensor, Tensor]
+"""Factors A and B."""
 
 
 @dataclass
 class HFAdapters:
     """Whole tensors on the CPU, by the names of the HF weights that they change or replace."""
 
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    factors: dict[str, Pair] = field(default_factory=dict)
     """Weight name -> A [rank, in] and B [out, rank]; for a table A [rank, rows], B [size, rank]."""
     trained: dict[str, Tensor] = field(default_factory=dict)
     """Weights and biases that are trained whole."""
-
-
-def write_folder(
-    folder: Path, adapters: HFAdapters, args: LoraArguments, base: str | None, model: HFModel
-) -> None:
-    """Write what `to_hf_form` gathered from `model`; `base` is the folder of its weights."""
-    tensors: dict[str, Tensor] = {}
-    experts: dict[str, dict[str, dict[int, tuple[Tensor, Tensor]]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
-    modules, parameters = set(), set()
-    for name, (a, b) in adapters.factors.items():
-        if match := _EXPERT.fullmatch(name):
-            stacked = experts[match[1]][_STACKED[match[3]]]
-            number = int(match[2])
-            if number in stacked:  # gate, then up: one A, and the rows of both in B
-                b = torch.cat([stacked[number][1], b])
-            stacked[number] = (a, b)
-            continue
-        module = name.removesuffix(".weight")
-        if module.endswith(_ROUTERS):
-            parameters.add(_from_layer(name))
-        else:
-            modules.add(module)
-        kind = "lora_embedding_" if module.endswith(_EMBEDDINGS) else "lora_"
-        dot = "" if module.endswith(_EMBEDDINGS) else ".weight"
-        tensors |= {f"{_PREFIX}{module}.{kind}A{dot}": a, f"{_PREFIX}{module}.{kind}B{dot}": b}
-    for module, stacks in experts.items():
-        inner = "base_layer." if len(stacks) > 1 else ""
-        for parameter, stacked in stacks.items():
-            place = f"{module}.{inner if parameter == 'gate_up_proj' else ''}"
-            tensors |= _stack(f"{_PREFIX}{place}", [stacked[e] for e in sorted(stacked)])
-            parameters.add(_from_layer(f"{module}.{parameter}"))
-    for name, tensor in adapters.trained.items():
-        module, _, kind = name.rpartition(".")
-        wrapped = "base_layer." if module in modules else ""
-        tensors[f"{_PREFIX}{module}.{wrapped}{kind}"] = tensor
-    if model.config.get("tie_word_embeddings"):
-        for name in [name for name in tensors if name.endswith("embed_tokens.weight")]:
-            tensors[f"{_PREFIX}lm_head.weight"] = tensors[name]  # PEFT reads the tied head, too
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = _config(adapters, args, base, modules, parameters, model)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def weight_names(model: HFModel) -> set[str]:
@@ -95,16 +51,77 @@ def weight_names(model: HFModel) -> set[str]:
     return {name for row in model.family.plan(model.config) for name in row.hf}
 
 
-def _from_layer(name: str) -> str:
-    """The part of a parameter's name that is the same in every layer."""
-    return re.sub(r".*\.layers\.\d+\.", "", name)
+def _live(name: str) -> str:
+    """The name that a published weight has in transformers' model."""
+    return name.replace(".block_sparse_moe.", ".mlp.")
 
 
-def _stack(place: str, experts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """PEFT's pair for a parameter with an axis of experts, from each expert's factors."""
-    a = torch.cat([each for each, _ in experts])  # [experts * rank, in]
-    b = torch.stack([each for _, each in experts], dim=-1)  # [out, rank, experts]
-    return {f"{place}lora_A.weight": a, f"{place}lora_B.weight": b.flatten(1)}
+def _experts(model: HFModel) -> dict[str, list[Row]]:
+    """transformers' stacked parameters, and the rows of the experts in each, in order."""
+    stacks: dict[str, list[Row]] = defaultdict(list)
+    for row in model.family.plan(model.config):
+        if row.stack is not None:
+            stacks[row.stack].append(row)
+    return {name: sorted(rows, key=lambda row: row.expert) for name, rows in stacks.items()}
+
+
+def write_folder(
+    folder: Path, adapters: HFAdapters, args: LoraArguments, base: str | None, model: HFModel
+) -> None:
+    """Write what `to_hf_form` gathered from `model`; `base` is the folder of its weights."""
+    tensors: dict[str, Tensor] = {}
+    stacks, factors = _experts(model), dict(adapters.factors)
+    modules, parameters = set(), set()
+    for name, rows in stacks.items():
+        if rows[0].hf[0] in factors:
+            pairs = [[factors.pop(part) for part in row.hf] for row in rows]
+            tensors |= _stack(_wrapper(name, adapters, stacks), pairs)
+            parameters.add(name)
+    for name, (a, b) in factors.items():
+        module = _live(name).removesuffix(".weight")
+        last = module.rpartition(".")[2]
+        if stacks and last in _LIKE_EXPERTS:
+            parameters.add(_live(name))
+        else:
+            modules.add(module)
+        kind, end = ("embedding_", "") if last == _EMBEDDING else ("", ".weight")
+        tensors |= {f"{module}.lora_{kind}{x}{end}": y for x, y in (("A", a), ("B", b))}
+    for name, tensor in adapters.trained.items():
+        module, _, kind = _live(name).rpartition(".")
+        tensors[f"{module}.{'base_layer.' if module in modules else ''}{kind}"] = tensor
+    tied = bool(model.config.get("tie_word_embeddings"))
+    if tied:
+        for name in [name for name in tensors if name.endswith(f"{_EMBEDDING}.weight")]:
+            tensors["lm_head.weight"] = tensors[name]  # PEFT reads the tied head, too
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {_PREFIX + name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(content, folder / WEIGHTS, metadata={"format": "pt"})
+    config = _config(adapters, args, base, modules, parameters, model)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _wrapper(stack: str, adapters: HFAdapters, stacks: dict[str, list[Row]]) -> str:
+    """Where PEFT keeps the factors of a stacked parameter: of two, the first is wrapped inside."""
+    module, _, last = stack.rpartition(".")
+    other = f"{module}.{'down_proj' if last == 'gate_up_proj' else 'gate_up_proj'}"
+    both = other in stacks and stacks[other][0].hf[0] in adapters.factors
+    return f"{module}.base_layer" if both and last == "gate_up_proj" else module
+
+
+def _stack(place: str, experts: list[list[Pair]]) -> dict[str, Tensor]:
+    """PEFT's pair for all experts; an expert's layers, such as gate and up, share their A."""
+    a = torch.cat([parts[0][0] for parts in experts])  # [experts * rank, in]
+    b = torch.stack([torch.cat([b for _, b in parts]) for parts in experts], dim=-1)
+    return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b.flatten(1)}
+
+
+def _unstack(rows: list[Row], pair: dict[str, Tensor]) -> Iterator[tuple[str, Pair]]:
+    """Each expert's factors from PEFT's pair for all; inverse of `_stack`."""
+    a = pair["A"].unflatten(0, (len(rows), -1))
+    b = pair["B"].unflatten(1, (-1, len(rows))).movedim(-1, 0)
+    for row, mine, whole in zip(rows, a, b, strict=True):
+        for name, part in zip(row.hf, whole.chunk(len(row.hf)), strict=True):
+            yield name, (mine, part.contiguous())
 
 
 def _config(
@@ -117,24 +134,23 @@ def _config(
 ) -> dict[str, Any]:
     from peft import LoraConfig
 
-    names = (name for name in weight_names(model) if not _EXPERT.fullmatch(name))
-    every = {name.removesuffix(".weight") for name in names}
+    every = {_live(name) for name in weight_names(model)} | _experts(model).keys()
+    saved = {_live(name).rpartition(".")[0] for name in adapters.trained if name.endswith("weight")}
     tied = bool(model.config.get("tie_word_embeddings"))
-    saved = {name.rpartition(".")[0] for name in adapters.trained if name.endswith(".weight")}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
-        # Dropout is for training; PEFT refuses it beside stacked experts, which it computes whole.
+        # Dropout is for training; PEFT refuses it beside parameters, which it changes whole.
         lora_dropout=0.0 if parameters else args.lora_dropout,
         bias=args.lora_bias,
         use_rslora=args.use_rslora,
-        target_modules=shortest(modules, every),
-        target_parameters=sorted(parameters) or None,
+        target_modules=shortest(modules, {name.removesuffix(".weight") for name in every}),
+        target_parameters=_from_layer(parameters, every) or None,
         modules_to_save=sorted(saved) or None,
-        ensure_weight_tying=tied and any(name.endswith(_EMBEDDINGS) for name in saved),
+        ensure_weight_tying=tied and any(name.endswith(_EMBEDDING) for name in saved),
     ).to_dict()
     config["target_modules"] = sorted(config["target_modules"] or [])
     return {name: value for name, value in config.items() if not isinstance(value, set)}
@@ -145,6 +161,17 @@ def shortest(modules: set[str], every: set[str]) -> list[str]:
     ends = {module.rpartition(".")[2] for module in modules}
     fitting = {name for name in every if name.rpartition(".")[2] in ends}
     return sorted(ends if fitting == modules else modules)
+
+
+def _from_layer(parameters: set[str], every: set[str]) -> list[str]:
+    """The names without the layer's, or whole names where those would fit others too."""
+
+    def inside(name: str) -> str:
+        return re.sub(r".*\.layers\.\d+\.", "", name)
+
+    ends = {inside(name) for name in parameters}
+    fitting = {name for name in every if inside(name) in ends}
+    return sorted(ends if fitting == parameters else parameters)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -175,35 +202,43 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
 
 
-def to_adapters(config: dict[str, Any], tensors: dict[str, Tensor], names: set[str]) -> HFAdapters:
-    """A PEFT folder's tensors by the HF weights that they change; `names` are all of the model's.
+def to_adapters(config: dict[str, Any], tensors: dict[str, Tensor], model: HFModel) -> HFAdapters:
+    """A PEFT folder's tensors by the HF weights that they change.
 
     UserError for tensors that belong to no weight of the model.
     """
-    found = HFAdapters()
-    factors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    published = {_live(name): name for name in weight_names(model)}
+    published |= {name: name for name in published.values()}
+    stacks, found = _experts(model), HFAdapters()
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     unknown = []
     for key, tensor in tensors.items():
+        name = key.replace(".base_layer.", ".")
         if match := re.fullmatch(r"(.*)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key):
-            factors[match[1]][match[2]] = tensor
-        elif (name := key.replace(".base_layer.", ".")) in names:
-            found.trained[name] = tensor
-        elif name == "lm_head.weight" and config.get("ensure_weight_tying"):
-            continue
-        else:
+            pairs[match[1]][match[2]] = tensor
+        elif name in published:
+            found.trained[published[name]] = tensor
+        elif name != "lm_head.weight" or not config.get("ensure_weight_tying"):
             unknown.append(key)
-    for place, pair in factors.items():
+    for place, pair in pairs.items():
         module = place.removesuffix(".base_layer")
-        if f"{module}.weight" in names:
-            found.factors[f"{module}.weight"] = (pair["A"], pair["B"])
-        elif experts := _experts_of(module, names):
-            parameter = "gate_up_proj" if _is_gate_up(place, factors, config) else "down_proj"
-            found.factors |= _unstack(module, parameter, experts, pair)
+        stack = f"{module}.{'gate_up_proj' if _is_first(place, pairs, config) else 'down_proj'}"
+        if f"{module}.weight" in published:
+            found.factors[published[f"{module}.weight"]] = (pair["A"], pair["B"])
+        elif stack in stacks:
+            found.factors.update(_unstack(stacks[stack], pair))
         else:
             unknown.append(f"{place}.lora_A")
     if unknown:
         raise UserError(f"the adapter is not of this model, which has no {', '.join(unknown[:5])}")
     return found
+
+
+def _is_first(place: str, pairs: Any, config: dict[str, Any]) -> bool:
+    """PEFT nests the wrappers of two parameters, the first inside; one alone is not nested."""
+    if place.endswith(".base_layer") or f"{place}.base_layer" in pairs:
+        return place.endswith(".base_layer")
+    return any(name.endswith("gate_up_proj") for name in config.get("target_parameters") or ())
 
 
 def refuse_tied(adapters: HFAdapters) -> None:
@@ -214,34 +249,3 @@ def refuse_tied(adapters: HFAdapters) -> None:
                 f"the adapter changes {name} alone, but the model's embedding is its head too: it "
                 "cannot be merged"
             )
-
-
-def _experts_of(module: str, names: set[str]) -> dict[int, set[str]]:
-    """The experts under `module`, and the last parts of their tensors' names."""
-    experts: dict[int, set[str]] = defaultdict(set)
-    for name in names:
-        if (match := _EXPERT.fullmatch(name)) and match[1] == module:
-            experts[int(match[2])].add(match[3])
-    return experts
-
-
-def _is_gate_up(place: str, factors: Any, config: dict[str, Any]) -> bool:
-    """PEFT nests the wrappers of two parameters, the first inside; one alone is not nested."""
-    if place.endswith(".base_layer") or f"{place}.base_layer" in factors:
-        return place.endswith(".base_layer")
-    return any(name.endswith("gate_up_proj") for name in config.get("target_parameters") or ())
-
-
-def _unstack(
-    module: str, parameter: str, experts: dict[int, set[str]], pair: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each expert's factors from PEFT's pair for all; inverse of `_stack`."""
-    count = len(experts)
-    a = pair["A"].unflatten(0, (count, -1))
-    b = pair["B"].unflatten(1, (-1, count)).movedim(-1, 0)
-    made = {}
-    for expert, ends in experts.items():
-        mine = [end for end in _STACKED if end in ends and _STACKED[end] == parameter]
-        for end, part in zip(mine, b[expert].chunk(len(mine)), strict=True):
-            made[f"{module}.{expert}.{end}.weight"] = (a[expert], part.contiguous())
-    return made

@@ -11,7 +11,6 @@ from swiftmeg.tuners.peft_format import (
     read_folder,
     shortest,
     to_adapters,
-    weight_names,
 )
 
 
@@ -31,7 +30,7 @@ def start_from(args: Any, sources: dict[str, str], model: HFModel) -> HFAdapters
             needs = "needs" if flag.startswith("train_type") else "cannot be used with"
             raise UserError(f"--adapters {named} {needs} --{flag}: change one")
     config, tensors = read_folder(Path(named).expanduser())
-    adapters = to_adapters(config, tensors, weight_names(model))
+    adapters = to_adapters(config, tensors, model)
     for name, value in _flags(config, adapters, model).items():
         if sources[name] == "flag" and getattr(args, name) != value:
             raise UserError(

@@ -477,6 +477,8 @@ PLANNED: dict[str, Row] = {
     "response_prefix": Refused("x", "it is a flag of swift infer"),
     "model_type": Refused("qwen3", "found by config.json's `architectures`"),
     "task_type": Refused("seq_cls", "only causal_lm is supported yet"),
+    "use_dora": Refused(True, "--use_dora true: DoRA is not supported: drop it"),
+    "lorap_lr_ratio": Refused(4.0, "--lorap_lr_ratio 4.0: .*B has the learning rate of A"),
     "num_labels": Refused(2, "classifiers are not supported yet"),
     "problem_type": Refused("regression", "classifiers are not supported yet"),
     "attn_impl": Refused("sdpa", "in training --attention_backend"),

@@ -42,10 +42,10 @@ def flags(work: Path, model: str, save: Path, changes: dict[str, Any]) -> list[s
         "lora_dropout": 0,
         "train_iters": 10,
         "global_batch_size": 20,
-        "lr": 2e-3,
+        "lr": 1e-2,
         "weight_decay": 0.01,
         "lr_decay_style": "constant",
-        "adam_eps": 1e-5,  # rounding of gradients near zero does not turn updates around
+        "adam_eps": 1e-3,  # rounding of gradients near zero does not turn updates around
         "log_interval": 1,
         "num_workers": 0,
         "save": save,
@@ -61,9 +61,13 @@ def train(
     work: Path, model: str, name: str, world: int = 1, **changes: Any
 ) -> list[dict[str, Any]]:
     """Run it; returns the lines of logging.jsonl."""
-    save = work / name
-    run_ranks(world, run_training, flags(work, model, save, changes))
-    return [json.loads(line) for line in (save / "logging.jsonl").read_text().splitlines()]
+    run_ranks(world, run_training, flags(work, model, work / name, changes))
+    return log(work, name)
+
+
+def log(work: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a run's logging.jsonl."""
+    return [json.loads(line) for line in (work / name / "logging.jsonl").read_text().splitlines()]
 
 
 def adapters(work: Path, name: str, step: int = 10) -> dict[str, torch.Tensor]:

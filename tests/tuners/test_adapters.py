@@ -12,7 +12,12 @@ from tests.ranks import run_ranks
 from tests.tuners.lora_runs import PIPELINE, SEQUENCE, TENSOR, adapters, train, words, write_inputs
 from tests.tuners.test_lora import MODELS, TUNERS
 
-LAYOUTS = {"biased": (2, TENSOR), "tied": (2, PIPELINE)}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "biased": (2, TENSOR),
+    "tied": (2, PIPELINE),
+    "moe": (2, {"expert_model_parallel_size": 2}),
+    "mla": (2, PIPELINE | {"decoder_first_pipeline_num_layers": 2}),
+}
 
 
 @pytest.fixture(scope="module")
