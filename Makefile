@@ -6,11 +6,12 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test check format clean
+.PHONY: help install quickstart test matrix check format clean
 
 help:
 	@echo 'make quickstart   install, get a 135M model, fine-tune it, convert it back, ask who it is'
 	@echo 'make test         install, run the whole test suite'
+	@echo 'make matrix       install, compare every layout with one process, write docs/exactness.md'
 	@echo 'make check        install, run ruff and mypy'
 	@echo 'make install      make .venv with the commands megatron and swift in it'
 	@echo 'make format       format the code'
@@ -30,6 +31,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+matrix: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

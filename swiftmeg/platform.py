@@ -157,6 +157,7 @@ def _patch_distributed() -> None:
         return original(output, input, *splits, *args, **kwargs)
 
     torch.distributed.all_to_all_single = all_to_all_single
+    _patch_uneven_collectives()
 
 
 def _patch_megatron() -> None:
@@ -166,6 +167,43 @@ def _patch_megatron() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_uneven_collectives() -> None:
+    """Let gathers and scatters have parts of unequal sizes, as NCCL does and gloo does not.
+
+    Experts cut over ranks need them: every rank has another number of tokens.
+    """
+    from torch import distributed
+
+    gather, scatter = distributed.all_gather, distributed.reduce_scatter
+    sum_ = distributed.ReduceOp.SUM
+
+    def is_even(parts: list[torch.Tensor]) -> bool:
+        return len({part.shape for part in parts}) == 1
+
+    def all_gather(parts: list[torch.Tensor], tensor: Any, group: Any = None, *rest: Any) -> Any:
+        if is_even(parts):
+            return gather(parts, tensor, group, *rest)
+        parts[distributed.get_rank(group)].copy_(tensor)
+        for source, part in enumerate(parts):
+            distributed.broadcast(part, group=group, group_src=source)
+        return None
+
+    def reduce_scatter(
+        output: torch.Tensor, parts: list[torch.Tensor], op: Any = sum_, group: Any = None
+    ) -> Any:
+        if is_even(parts):
+            return scatter(output, parts, op, group)
+        for target, part in enumerate(parts):
+            whole = part.contiguous().clone()
+            distributed.reduce(whole, group=group, group_dst=target)
+            if target == distributed.get_rank(group):
+                output.copy_(whole)
+        return None
+
+    distributed.all_gather = all_gather  # type: ignore[assignment]
+    distributed.reduce_scatter = reduce_scatter  # type: ignore[assignment]
 
 
 _prepared = False

@@ -13,6 +13,7 @@ ALIASES = {
     "num_train_epochs": "max_epochs",
     "dataloader_num_workers": "num_workers",
     "sequence_parallel_size": "context_parallel_size",
+    "num_virtual_stages_per_pipeline_rank": "virtual_pipeline_model_parallel_size",
     "tuner_type": "train_type",
     "mcore_adapter": "adapter_load",
     "mcore_adapters": "adapter_load",

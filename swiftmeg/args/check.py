@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftmeg.args.combinations import check_combinations, check_machine
+from swiftmeg.args.pipeline import check_interleaving, check_pipeline
 from swiftmeg.args.resolve import read_args_file, world_size
 from swiftmeg.checkpoint import check_checkpoint, find_start, is_empty
 from swiftmeg.errors import UserError
@@ -54,22 +55,7 @@ def check_layout(args: Any, model: HFModel) -> int:
     has_mlp = built.get("num_experts") is None or "0" in str(built.get("moe_layer_freq", 1))
     if has_mlp and built["ffn_hidden_size"] % tp:
         raise UserError(_cannot_split("intermediate_size", built["ffn_hidden_size"], tp))
-    layers = built["num_layers"]
-    first = getattr(args, "decoder_first_pipeline_num_layers", None)
-    last = getattr(args, "decoder_last_pipeline_num_layers", None)
-    stages = pp - (first is not None) - (last is not None)
-    middle = layers - (first or 0) - (last or 0)
-    if (first is not None or last is not None) and pp == 1:
-        raise UserError(
-            "--decoder_first/last_pipeline_num_layers need --pipeline_model_parallel_size above 1: "
-            "drop them or raise it"
-        )
-    if middle < stages or (stages and middle % stages) or (not stages and middle):
-        raise UserError(
-            f"{layers} layers cannot be split over --pipeline_model_parallel_size {pp}: "
-            "use a divisor, or set --decoder_first_pipeline_num_layers and "
-            "--decoder_last_pipeline_num_layers so that the rest divides"
-        )
+    check_pipeline(args, built["num_layers"])
     return world // needed
 
 
@@ -125,7 +111,9 @@ def check_training(args: Any, model: HFModel) -> None:
     check_combinations(args, model)
     if not args.dry_run:
         check_machine(args)
-    check_batch(args, check_layout(args, model))
+    dp = check_layout(args, model)
+    check_batch(args, dp)
+    check_interleaving(args, model.megatron_args["num_layers"], dp)
 
 
 def check_batch(args: Any, dp: int) -> None:

@@ -20,7 +20,6 @@ from swiftmeg.args.moe import (
 )
 from swiftmeg.args.planned import (
     PlannedArguments,
-    PlannedLayoutArguments,
     PlannedModelArguments,
 )
 from swiftmeg.args.tuner import FreezingArguments, LoraArguments
@@ -132,7 +131,6 @@ class ExportArguments(
     ExpertShapeArguments,
     LatentShapeArguments,
     PredictionArguments,
-    PlannedLayoutArguments,
     PlannedModelArguments,
 ):
     """swift export: convert weights between Hugging Face and Megatron."""

@@ -174,6 +174,16 @@ class ParallelArguments(MegatronFlags):
     """Layers on the first pipeline stage."""
     decoder_last_pipeline_num_layers: int | None = None
     """Layers on the last pipeline stage."""
+    account_for_embedding_in_pipeline_split: bool = False
+    """Count the embedding as a layer when layers are split over stages."""
+    account_for_loss_in_pipeline_split: bool = False
+    """Count the output layer and the loss as a layer when layers are split over stages."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model parts per pipeline stage, which shorten its idle time. None: 1."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Layers per model part, instead of the number of parts."""
+    pipeline_model_parallel_layout: str | None = None
+    """The layers of every stage, e.g. "Et*3|(tt|)*6L": E embedding, t layer, L loss."""
     context_parallel_size: int = 1
     """Ranks that share every sample, each holding two of 2 * size chunks of it."""
     sequence_parallel: bool = False

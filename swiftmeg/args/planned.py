@@ -38,20 +38,6 @@ class PreferenceArguments(PlannedFlags):
 
 
 @dataclass
-class PlannedLayoutArguments(PlannedFlags):
-    """Virtual pipeline parallelism"""
-
-    virtual_pipeline_model_parallel_size: int | None = None
-    """Model parts per pipeline stage."""
-    num_layers_per_virtual_pipeline_stage: int | None = None
-    """Layers per model part."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
-    """Another name for --virtual_pipeline_model_parallel_size."""
-    pipeline_model_parallel_layout: str | None = None
-    """Which layers each pipeline stage holds, as a string."""
-
-
-@dataclass
 class PlannedDataArguments(PlannedFlags):
     """Further data options"""
 
@@ -122,7 +108,6 @@ class PlannedTunerArguments(PlannedFlags):
 @dataclass
 class PlannedArguments(
     PreferenceArguments,
-    PlannedLayoutArguments,
     PlannedDataArguments,
     PlannedModelArguments,
     PlannedTunerArguments,
@@ -131,8 +116,6 @@ class PlannedArguments(
 
 
 OFF: dict[str, tuple[Any, ...]] = {
-    "virtual_pipeline_model_parallel_size": (1,),
-    "num_virtual_stages_per_pipeline_rank": (1,),
     "template_backend": ("swift",),
     "apply_query_key_layer_scaling": (False,),
 }

@@ -29,9 +29,9 @@ def held(borders: Tensor, total: int, rank: int, size: int) -> Tensor:
 
 
 def cut_batch(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """The part of a micro-batch ([b, s] tensors) that `rank` of `size` holds.
+    """The part of a micro-batch that `rank` of `size` holds: of its tensors [b, s], all of them.
 
-    `cu_seqlens` stays whole; a batch without it is cut along each row.
+    Others, `cu_seqlens` among them, stay whole; a batch without it is cut along each row.
     """
     total = batch["input_ids"].shape[1]
     borders = batch.get("cu_seqlens")

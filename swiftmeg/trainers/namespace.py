@@ -70,6 +70,9 @@ def training_namespace(args: Any, model: HFModel, data: DataSizes) -> argparse.N
         "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
         "no_persist_layer_norm": backend == "native",
     }
+    # Megatron's own name for it is an attribute that it works out.
+    parts = flags.pop("virtual_pipeline_model_parallel_size", None)
+    flags["num_virtual_stages_per_pipeline_rank"] = parts if (parts or 1) > 1 else None
     if args.recompute_granularity == "none":
         del flags["recompute_granularity"]
     elif args.recompute_granularity == "selective" and args.recompute_modules is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from swiftmeg.models.context import cut_batch
@@ -69,7 +69,8 @@ def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
         iterator: Iterator[dict[str, Tensor]], model: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        counter.add(batch)
+        if not get_attr_wrapped_model(model, "vp_stage"):  # each model part gets the same batches
+            counter.add(batch)
         longest = batch.pop("max_seqlen", None)  # wanted on the host
         count = int(batch.pop("num_samples"))
         batch = to_device(batch)

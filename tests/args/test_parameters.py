@@ -179,6 +179,10 @@ def permutes_fused(context: Context) -> Any:
 SELF = {"dataset": ["self-cognition#8"], "model_name": ["Eve"], "model_author": ["Dan"]}
 SCALE = '{"rope_type": "linear", "factor": 4.0}'
 PP2 = {"pipeline_model_parallel_size": 2, "WORLD_SIZE": "2"}
+ACCOUNTED = PP2 | {
+    "account_for_embedding_in_pipeline_split": True,
+    "account_for_loss_in_pipeline_split": True,
+}
 FULL = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -294,7 +298,7 @@ LOOP: dict[str, Row] = {
         "tests/args/test_parameters.py", "test_the_learning_rate_can_be_left_out"
     ),
     "add_version": Changes(False, versioned, "flat"),
-    "save_safetensors": ShownBy("tests/layouts/test_training.py", "save_safetensors"),
+    "save_safetensors": ShownBy("tests/cli/test_resume.py", "save_safetensors"),
     "extra_megatron_kwargs": Sets({"log_num_zeros_in_grad": True}, "log_num_zeros_in_grad", True),
 }
 
@@ -373,6 +377,16 @@ MEGATRON: dict[str, Row] = {
                                          flags={"WORLD_SIZE": "2"}),
     "decoder_first_pipeline_num_layers": Sets(1, "decoder_first_pipeline_num_layers", flags=PP2),
     "decoder_last_pipeline_num_layers": Sets(1, "decoder_last_pipeline_num_layers", flags=PP2),
+    "account_for_embedding_in_pipeline_split": Sets(
+        True, "account_for_embedding_in_pipeline_split", flags=ACCOUNTED),
+    "account_for_loss_in_pipeline_split": Sets(
+        True, "account_for_loss_in_pipeline_split", flags=ACCOUNTED),
+    "virtual_pipeline_model_parallel_size": Sets(
+        2, "virtual_pipeline_model_parallel_size", flags=PP2),
+    "num_layers_per_virtual_pipeline_stage": Sets(
+        1, "num_layers_per_virtual_pipeline_stage", flags=PP2),
+    "pipeline_model_parallel_layout": Sets(
+        "E|t|t|L", "virtual_pipeline_model_parallel_size", 2, flags=PP2),
     "context_parallel_size": Sets(2, "context_parallel_size", flags={"WORLD_SIZE": "4"}),
     "sequence_parallel": Sets(True, "sequence_parallel",
                               flags={"tensor_model_parallel_size": 3, "WORLD_SIZE": "3"}),
@@ -454,14 +468,6 @@ PLANNED: dict[str, Row] = {
         for name, value in (
             ("ref_load", "x"), ("beta", 0.5), ("rpo_alpha", 0.0), ("reference_free", True),
             ("label_smoothing", 0.1), ("f_divergence_type", "js_divergence"),
-        )
-    },
-    **{
-        name: Refused(value, f"--{name} .*: Virtual pipeline parallelism is not")
-        for name, value in (
-            ("virtual_pipeline_model_parallel_size", 2),
-            ("num_layers_per_virtual_pipeline_stage", 2),
-            ("num_virtual_stages_per_pipeline_rank", 2), ("pipeline_model_parallel_layout", "t|t"),
         )
     },
     "packing_cache": Refused("x", "packing needs no folder of its own"),
@@ -732,6 +738,11 @@ def grouped(table: dict[str, Sets]) -> list[dict[str, Any]]:
 
 
 ALONE = {
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "virtual_pipeline_model_parallel_size",
+    "num_layers_per_virtual_pipeline_stage",
+    "pipeline_model_parallel_layout",
     "use_distributed_optimizer",
     "optimizer",
     "cross_entropy_fusion_impl",

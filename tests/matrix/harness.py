@@ -7,7 +7,7 @@ a parameter on different ranks must be bit-identical.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,11 @@ def run(
     lines = (folder / "run" / "logging.jsonl").read_text().splitlines()
     return {
         "lines": [json.loads(line) for line in lines],
-        "gradients": _tensors(folder / "gradients"),
+        "gradients": {
+            name: tensor
+            for name, tensor in _tensors(folder / "gradients").items()
+            if not name.endswith("e_score_correction_bias")  # a buffer
+        },
         "weights": _tensors(folder / "weights"),
         "copies": sorted({fault for each in faults for fault in each}),
     }
@@ -228,3 +232,42 @@ def faults_of(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     if found["copies"]:
         faults.append(f"copies differ: {', '.join(found['copies'][:3])}")
     return faults
+
+
+def _published(parameters: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gradients under the names of checkpoints, which hold each expert by itself."""
+    for name, parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        folder, _, kind = name.rpartition(".")
+        if not folder.endswith("mlp.experts"):
+            yield name, gradient
+            continue
+        for expert, part in enumerate(gradient):
+            names = ["gate_proj", "up_proj"] if kind == "gate_up_proj" else [kind]
+            for each, piece in zip(names, part.chunk(len(names)), strict=True):
+                yield f"{folder}.{expert}.{each}.weight", piece
+
+
+def transformers_step(work: Path, model: str) -> dict[str, Any]:
+    """Loss and gradients of all rows, one at a time, as transformers computes them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from swiftmeg.data.template import Template
+
+    template = Template(AutoTokenizer.from_pretrained(work / model))
+    network = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)
+    total, count = torch.zeros(()), 0
+    for line in (work / "rows.jsonl").read_text().splitlines():
+        encoded = template.encode(json.loads(line))
+        logits = network(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(encoded["labels"])[1:]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        count += int((labels != -100).sum())
+    loss = total / count
+    loss.backward()
+    gradients = dict(_published(network.named_parameters()))
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    line = {"lm loss": float(loss.detach()), "grad_norm": float(norm)}
+    return {"lines": [line], "gradients": gradients, "weights": gradients, "copies": []}

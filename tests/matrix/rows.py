@@ -22,8 +22,49 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # normalised queries and keys, a head of its own
     "dense-qk": ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
+    # softmax scores, a gated shared expert, one dense layer
+    "moe": (
+        "qwen2_moe",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 28,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [1],
+            "router_aux_loss_coef": 0.0,
+        },
+    ),
+    # latent attention with values narrower than keys, groups of experts, sigmoid scores and a bias
+    "mla": (
+        "deepseek_v3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 20,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 18,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 12,
+            "v_head_dim": 10,
+            "num_mtp_layers": 0,
+        },
+    ),
 }
 """Name -> family and sizes of tests.tiny; all have four layers."""
+
+EXPERTS = {"moe_router_bias_update_rate": 0, "moe_aux_loss_coeff": 0}
+EXTRA: dict[str, dict[str, Any]] = {"moe": EXPERTS, "mla": EXPERTS}
+"""Flags of a model, in every run of it."""
 
 MAX_LENGTH = 150
 FORMS: dict[str, dict[str, Any]] = {
@@ -44,9 +85,15 @@ SIZES = {
     "last": "decoder_last_pipeline_num_layers",
 }
 WORDS: dict[str, dict[str, Any]] = {
+    "written": {"pipeline_model_parallel_layout": "Et|tt|t|L"},
+    "accounted": {
+        "account_for_embedding_in_pipeline_split": "true",
+        "account_for_loss_in_pipeline_split": "true",
+    },
     "sp": {"sequence_parallel": "true"},
     "overlap": {"overlap_grad_reduce": "true", "overlap_param_gather": "true"},
     "replicated": {"use_distributed_optimizer": "false"},
+    "balanced": {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05},
     "recompute": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -81,7 +128,11 @@ class Row:
     @property
     def flags(self) -> dict[str, Any]:
         """What the row adds to the command."""
-        flags = FORMS[self.form] | {"micro_batch_size": self.micro_batch_size}
+        flags = (
+            EXTRA.get(self.model, {})
+            | FORMS[self.form]
+            | {"micro_batch_size": self.micro_batch_size}
+        )
         for word, size in self.sizes.items():
             if word != "dp":
                 flags[SIZES[word]] = size
@@ -120,6 +171,12 @@ DENSE = """
   pp2              | padding_free | 4
   pp2 first1       | packed       | 2
 * pp4              | packed       | 1
+  pp3 accounted    | padding_free | 2
+  pp2 vpp2         | padded       | 2
+* pp2 vpp2         | packed       | 1
+* pp2 written      | padding_free | 2
+  pp4 written      | packed       | 1
+* pp2 vpp2 cp2     | packed       | 2
   cp2              | padded       | 4
 * cp2              | packed       | 2
   cp2              | padding_free | 1
@@ -148,7 +205,40 @@ DENSE_QK = """
 * tp2 sp pp2 cp2   | packed       | 1
 """
 
-ROWS = [*_table("dense", DENSE), *_table("dense-qk", DENSE_QK)]
+MOE = """
+                   | padded       | 4
+*                  | packed       | 2
+* ep2 dp2          | padding_free | 2
+  ep4 dp4          | packed       | 1
+  tp2 sp           | packed       | 2
+* tp2 sp etp1      | padded       | 2
+* tp2 sp ep2 etp1  | packed       | 1
+  tp2 sp etp2 ep2 dp2 | padding_free | 2
+  pp2 ep2 dp2      | packed       | 1
+  pp2 vpp2         | padded       | 2
+* cp2 ep2          | packed       | 2
+  cp2 ep2 pp2      | padding_free | 1
+  tp2 sp ep2 etp1 pp2 cp2 | packed | 1
+"""
+
+MLA = """
+                   | padded       | 4
+* ep2 dp2          | packed       | 2
+  tp2 sp           | padding_free | 2
+* tp2 sp ep2 etp1  | packed       | 1
+  pp2              | packed       | 2
+* cp2              | padding_free | 2
+  cp4              | packed       | 1
+  cp2 ep2          | padded       | 4
+  tp2 sp cp2 ep2 etp1 | packed    | 2
+"""
+
+ROWS = [
+    *_table("dense", DENSE),
+    *_table("dense-qk", DENSE_QK),
+    *_table("moe", MOE),
+    *_table("mla", MLA),
+]
 
 
 def write_inputs(folder: Path, models: set[str]) -> None:

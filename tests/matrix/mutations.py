@@ -1,0 +1,192 @@
+"""Known bugs of such frameworks, each put back by a patch: the matrix must see every one.
+
+A mutation runs on every rank before training. `MUTATIONS` says with which row it is shown.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from tests.matrix.rows import Row
+
+
+class Mutation(NamedTuple):
+    """A bug, what it is in words, and the row that must turn red."""
+
+    apply: Callable[[], None]
+    words: str
+    row: Row
+
+
+def _replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
+    setattr(module, name, make(getattr(module, name)))
+
+
+def mean_of_means() -> None:
+    from swiftmeg.trainers import sft
+
+    def loss_function(mask: Any, losses: Any) -> Any:
+        mean = (losses * mask).sum() / mask.sum().clamp(min=1)
+        one = torch.ones((), dtype=torch.int)
+        return mean, one, {"lm loss": torch.stack([mean.detach(), one.float()])}
+
+    sft.loss_function = loss_function
+
+
+def train_on_prompts() -> None:
+    from swiftmeg.trainers import sft
+
+    _replace(sft, "loss_function", lambda f: lambda mask, losses: f(torch.ones_like(mask), losses))
+
+
+def drop_micro_batches() -> None:
+    from swiftmeg.trainers import sft
+
+    calls = []
+
+    def make(original: Any) -> Any:
+        def loss_function(mask: Any, losses: Any) -> Any:
+            calls.append(1)
+            total, count, report = original(mask, losses)
+            return (total if len(calls) % 2 else total * 0), count, report
+
+        return loss_function
+
+    _replace(sft, "loss_function", make)
+
+
+def samples_see_each_other() -> None:
+    from swiftmeg.trainers import sft
+
+    def make(original: Any) -> Any:
+        def packed_params(borders: Any, longest: Any) -> Any:
+            return original(borders[[0, -1]], borders[-1])
+
+        return packed_params
+
+    _replace(sft, "packed_params", make)
+
+
+def contiguous_chunks() -> None:
+    from swiftmeg.trainers import sft
+
+    def make(original: Any) -> Any:
+        def cut_batch(batch: Any, rank: int, size: int) -> Any:
+            return {k: t.chunk(size, dim=1)[rank] if t.dim() == 2 else t for k, t in batch.items()}
+
+        return cut_batch
+
+    _replace(sft, "cut_batch", make)
+
+
+def keys_without_other_ranks_gradients() -> None:
+    from swiftmeg.models import context
+
+    _replace(
+        context,
+        "gather_from_sequence_parallel_region",
+        lambda gather: lambda local, _, group: gather(local, False, group),
+    )
+
+
+def positions_of_the_first_rank() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    _replace(
+        rope_utils,
+        "_get_thd_freqs_on_this_cp_rank",
+        lambda get: lambda rank, *args, **kwargs: get(0, *args, **kwargs),
+    )
+
+
+def norms_without_reduction() -> None:
+    from swiftmeg.models.native.norm import RMSNorm
+
+    def make(original: Any) -> Any:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            self.weight.sequence_parallel = False
+
+        return __init__
+
+    _replace(RMSNorm, "__init__", make)
+
+
+def no_gradient_from_cross_entropy() -> None:
+    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
+
+    def make(original: Any) -> Any:
+        return lambda *args: original(*args) * 0
+
+    VocabParallelCrossEntropy.calculate_gradients = staticmethod(
+        make(VocabParallelCrossEntropy.calculate_gradients)
+    )
+
+
+def swapped_projections() -> None:
+    from swiftmeg.models.layout import Stacked
+
+    _replace(
+        Stacked,
+        "join_shard",
+        lambda join: lambda self, parts, *rest: join(self, parts[::-1], *rest),
+    )
+
+
+def padding_in_the_softmax() -> None:
+    from swiftmeg.models import build
+
+    build._forbid_padded_vocabulary = lambda model, vocab_size: None
+
+
+def tied_weights_drift_apart() -> None:
+    # the package has a function of the module's name
+    module = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    module._allreduce_word_embedding_grads = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+
+
+def same_rows_everywhere() -> None:
+    from swiftmeg.data.loader import _Layout
+
+    def make(original: Any) -> Any:
+        return lambda self, micro, total, rank, size: original(self, micro, total, 0, size)
+
+    _replace(_Layout, "__init__", make)
+
+
+def weights_stand_still() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    _replace(
+        DistributedOptimizer,
+        "step_with_ready_grads",
+        lambda step: lambda self: True,
+    )
+
+
+MUTATIONS = [
+    Mutation(mean_of_means, "the loss is a mean of means", Row("dense", "", "padding_free", 2)),
+    Mutation(train_on_prompts, "prompts are trained on", Row("dense", "", "padded", 4)),
+    Mutation(drop_micro_batches, "every other micro-batch is lost", Row("dense", "", "padded", 4)),
+    Mutation(samples_see_each_other, "packed samples attend to each other",
+             Row("dense", "", "packed", 1)),
+    Mutation(contiguous_chunks, "chunks lie as they come", Row("dense", "cp2", "padded", 4)),
+    Mutation(keys_without_other_ranks_gradients, "keys get their own rank's gradient alone",
+             Row("dense", "cp2", "packed", 2)),
+    Mutation(positions_of_the_first_rank, "positions do not follow the chunks",
+             Row("dense", "cp2", "packed", 2)),
+    Mutation(norms_without_reduction, "replicated weights see one sequence shard",
+             Row("dense", "tp2 sp", "padded", 4)),
+    Mutation(no_gradient_from_cross_entropy, "the cross entropy has no gradient",
+             Row("dense", "", "padded", 4)),
+    Mutation(swapped_projections, "gate and up are swapped", Row("dense", "", "padded", 4)),
+    Mutation(padding_in_the_softmax, "padding of the vocabulary takes part",
+             Row("dense", "", "padded", 4)),
+    Mutation(tied_weights_drift_apart, "tied embeddings get one stage's gradient",
+             Row("dense", "pp2", "padding_free", 4)),
+    Mutation(same_rows_everywhere, "data-parallel ranks see the same rows",
+             Row("dense", "dp2", "packed", 2)),
+    Mutation(weights_stand_still, "the optimizer does nothing", Row("dense", "", "padded", 4)),
+]  # fmt: skip
