@@ -89,7 +89,8 @@ def _check_experts(args: Any, built: dict[str, Any], world: int) -> None:
         raise UserError(
             f"{world} processes cannot be split into --expert_model_parallel_size {ep} x "
             f"--expert_tensor_parallel_size {etp} x --pipeline_model_parallel_size {pp} = "
-            f"{ep * etp * pp}: start a multiple of {ep * etp * pp} processes or lower the sizes"
+            f"{ep * etp * pp}: start a multiple of {ep * etp * pp} processes or lower the sizes "
+            "(--expert_tensor_parallel_size is --tensor_model_parallel_size unless it is set)"
         )
 
 

@@ -186,10 +186,13 @@ def _balance(args: Any, sources: dict[str, str], model: HFModel) -> None:
             f"--moe_expert_capacity_factor {factor} does not go with "
             f"--moe_router_load_balancing_type {_shown(kinds)}: use aux_loss, seq_aux_loss or none"
         )
-    if args.moe_pad_expert_input_to_capacity and factor is None:
-        raise UserError(
-            "--moe_pad_expert_input_to_capacity true needs --moe_expert_capacity_factor: set it"
-        )
+    if args.moe_pad_expert_input_to_capacity:
+        largest = built["num_experts"] / built["moe_router_topk"]
+        if factor is None or factor > largest:
+            raise UserError(
+                "--moe_pad_expert_input_to_capacity true needs --moe_expert_capacity_factor of at "
+                f"most {largest:g}, where every expert has room for all tokens: set it"
+            )
 
 
 def _check_dispatcher(args: Any) -> None:

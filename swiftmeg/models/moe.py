@@ -56,6 +56,19 @@ class Router(TopKRouter):
             even = torch.full_like(self.global_tokens_per_expert, 1.0 / self.num_experts)
             self.register_buffer("shares", even, persistent=False)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the module, but leave its buffers in fp32.
+
+        Megatron casts whole models to half precision, where a bias as published and counts of
+        tokens above 256 would be rounded.
+        """
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, after in self.named_buffers(recurse=False):
+            exact = after if before[name].is_meta else before[name].to(after.device)
+            setattr(self, name, exact.float())
+        return self
+
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts by `logits` [s, b, experts]; returns scores and choice [s * b, experts].
 

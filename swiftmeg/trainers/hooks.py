@@ -8,6 +8,7 @@ from swiftmeg import upstream
 from swiftmeg.export.load import load_hf
 from swiftmeg.export.model import load_weights
 from swiftmeg.models.build import dims_of
+from swiftmeg.trainers.routers import settle_routers
 from swiftmeg.trainers.run import Run
 from swiftmeg.tuners.adapters import attach
 from swiftmeg.tuners.freezing import freeze
@@ -42,6 +43,8 @@ def model_hooks(run: Run, megatron: Any) -> list[Callable[[list[Any]], list[Any]
             return models
 
         hooks.append(from_peft)
+    if megatron.num_experts is not None:
+        hooks.append(partial(settle_routers, args=args, sources=run.sources))
     return hooks
 
 

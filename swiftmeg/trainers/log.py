@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from torch import Tensor
 
-from swiftmeg.models.router_losses import LOSSES
+from swiftmeg.trainers.routers import step_losses
 
 
 class TokenCounter:
@@ -31,23 +29,6 @@ class TokenCounter:
         self.tokens = 0
         torch.distributed.all_reduce(count, group=mpu.get_data_parallel_group())
         return int(count.item())
-
-
-_ROUTER_LOSSES = {
-    "aux_loss": "load_balancing_loss",
-    "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
-}
-"""Types of balancing -> the names that Megatron logs their losses under."""
-
-
-def router_loss_names(args: Any) -> list[str]:
-    """The losses of routers that a run logs, from Megatron's namespace."""
-    if args.num_experts is None:
-        return []
-    kinds = args.moe_router_load_balancing_type
-    names = [_ROUTER_LOSSES[kind] for kind in kinds if kind in _ROUTER_LOSSES]
-    return names if args.moe_z_loss_coeff is None else [*names, "z_loss"]
 
 
 def peak_memory_gib() -> float:
@@ -97,7 +78,7 @@ class RunLog:
         """Take one step's metrics; on every rank, with training_log's own arguments."""
         if self.first_iteration is None:
             self.first_iteration = self.last_iteration = iteration - 1
-        losses = loss_dict | self._router_losses()
+        losses = loss_dict | step_losses(self.args)
         if not skipped_iter:
             self.steps += 1
             for key, value in losses.items():
@@ -136,27 +117,6 @@ class RunLog:
         if not is_first_iteration:
             self.sums, self.steps = {}, 0
         self.last, self.last_iteration = now, iteration
-
-    def _router_losses(self) -> dict[str, float]:
-        """The step's losses of the router, which Megatron's own log takes from here too."""
-        names = router_loss_names(self.args)
-        losses = LOSSES.take(names)
-        if mpu.get_pipeline_model_parallel_rank() == 0:
-            tracker, args = get_moe_metrics_tracker(), self.args
-            for name, value in losses.items():
-                # It will divide by the layers with experts and the micro-batches of a step.
-                layers = tracker._count_moe_layers(
-                    args.num_layers, args.moe_layer_freq, args.mtp_num_layers
-                )
-                total = torch.tensor(value * layers * get_num_microbatches())
-                tracker.record(
-                    name,
-                    total.to(torch.cuda.current_device()),
-                    1,
-                    args.num_layers + (args.mtp_num_layers or 0),
-                    needs_dp_avg=False,
-                )
-        return losses
 
     def observe_evaluation(self, iteration: int, losses: dict[str, float]) -> None:
         """Take one evaluation's losses; the time it took counts for no training step."""

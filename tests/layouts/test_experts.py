@@ -59,6 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+RATE = 0.01
 ONE_STEP = {
     "optimizer": "sgd",
     "sgd_momentum": 0,
@@ -71,7 +72,7 @@ ONE_STEP = {
     "train_iters": 1,
     "global_batch_size": 20,
     "save_safetensors": "true",
-    "moe_router_bias_update_rate": 0,
+    "moe_router_bias_update_rate": RATE,
 }
 BALANCED = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05}
 TENSOR = {"tensor_model_parallel_size": 2}
@@ -146,9 +147,77 @@ def test_first_step_does_not_depend_on_the_layout(work: Path, model: str, layout
     for key in (*names, "grad_norm"):
         assert relative(line[key], found_line[key]) <= 1e-6, key
     for key, gradient in expected.items():
-        if not key.endswith("correction_bias"):
-            assert gradient.norm() > 0
+        assert gradient.norm() > 0
+        if key.endswith("correction_bias"):  # moved by as much for every expert, up or down
+            moved = -gradient * ONE_STEP["lr"] / RATE
+            assert torch.allclose(moved.abs(), moved.abs().round(), atol=1e-4)
+            assert torch.equal(found[key], gradient), key
+        else:
             assert difference(found[key], gradient) <= 1e-5, key
+
+
+def test_the_bias_of_experts_stays_exact_in_half_precision(work: Path) -> None:
+    flags = {"torch_dtype": "bfloat16", "lr": 0, "min_lr": 0, "train_iters": 1}
+    kept = {"moe_router_bias_update_rate": 0, "save_safetensors": "true"}
+    train_steps(work, "deepseek_v3", "half", 1, flags | kept)
+    before = load_folder(work / "deepseek_v3")
+    after = load_folder(work / "deepseek_v3-half" / "iter_0000001-hf")
+    biases = [key for key in before if key.endswith("correction_bias")]
+    assert len(biases) == 2
+    for key in biases:
+        assert not torch.equal(before[key], before[key].bfloat16().float())
+        assert torch.equal(after[key], before[key])
+
+
+GLOBAL = {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.5}
+
+
+def test_balance_over_the_global_batch_does_not_depend_on_the_layout(work: Path) -> None:
+    """Its first step counts the experts' shares; from the second on it balances by them."""
+    steps = GLOBAL | {"train_iters": 3}
+    expected = train_steps(work, "qwen2_moe", "global", 1, steps)
+    first, second, _ = (line["global_load_balancing_loss"] for line in expected)
+    assert relative(first, 1.0) <= 1e-6  # even shares
+    assert second > 1.001
+    layout = EXPERT | TENSOR | {"expert_tensor_parallel_size": 1, "micro_batch_size": 2}
+    for line, other in zip(
+        expected,
+        train_steps(work, "qwen2_moe", "global-tp2-ep2", 2, steps | layout),
+        strict=True,
+    ):
+        for key in ("lm loss", "global_load_balancing_loss", "grad_norm"):
+            assert relative(line[key], other[key]) <= 1e-4, key
+
+
+OPTIONS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "fp64-router": ({"moe_router_dtype": "fp64"}, "plain"),
+    "room-for-all": ({"moe_expert_capacity_factor": 3}, "plain"),
+    "drop-the-weak": ({"moe_expert_capacity_factor": 0.5}, None),
+    "fill-up": (
+        {"moe_expert_capacity_factor": 0.5, "moe_pad_expert_input_to_capacity": "true"},
+        "drop-the-weak",
+    ),
+    "drop-the-last": (
+        {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"},
+        None,
+    ),
+    "sinkhorn": ({"moe_router_load_balancing_type": "sinkhorn"}, None),
+}
+"""Flags, and what they compute alike; None: like nothing before."""
+
+
+def test_options_of_the_router(work: Path) -> None:
+    flags = {"train_iters": 1, "micro_batch_size": 4}
+    (plain,) = train_steps(work, "qwen2_moe", "plain-router", 1, flags)
+    losses = {"plain": plain["lm loss"]}
+    for name, (option, like) in OPTIONS.items():
+        (line,) = train_steps(work, "qwen2_moe", name, 1, flags | option)
+        loss = line["lm loss"]
+        if like is not None:
+            assert relative(loss, losses[like]) <= 1e-6, name
+        else:
+            assert all(relative(loss, other) > 1e-5 for other in losses.values()), name
+            losses[name] = loss
 
 
 def router_objective(hidden: torch.Tensor, gate: torch.Tensor, config: Any) -> torch.Tensor:

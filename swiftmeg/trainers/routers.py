@@ -1,0 +1,88 @@
+"""Routers in training: what is said of them at the start, and their losses in the log."""
+
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+
+from swiftmeg import distributed
+from swiftmeg.models.moe import Router
+from swiftmeg.models.router_losses import LOSSES
+
+_ROUTER_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+"""Types of balancing -> the names that Megatron logs their losses under."""
+
+
+def router_loss_names(args: Any) -> list[str]:
+    """The losses of routers that a run logs, from Megatron's namespace."""
+    if args.num_experts is None:
+        return []
+    kinds = args.moe_router_load_balancing_type
+    names = [_ROUTER_LOSSES[kind] for kind in kinds if kind in _ROUTER_LOSSES]
+    return names if args.moe_z_loss_coeff is None else [*names, "z_loss"]
+
+
+def step_losses(args: Any) -> dict[str, float]:
+    """The last step's losses of the routers, which Megatron's own log takes from here too.
+
+    Collective; `args` is Megatron's namespace.
+    """
+    losses = LOSSES.take(router_loss_names(args))
+    if mpu.get_pipeline_model_parallel_rank() == 0:
+        tracker = get_moe_metrics_tracker()
+        further = args.mtp_num_layers or 0
+        for name, value in losses.items():
+            # It will divide by the layers with experts and the micro-batches of a step.
+            layers = tracker._count_moe_layers(args.num_layers, args.moe_layer_freq, further)
+            total = torch.tensor(value * layers * get_num_microbatches())
+            total = total.to(torch.cuda.current_device())
+            tracker.record(name, total, 1, args.num_layers + further, needs_dp_avg=False)
+    return losses
+
+
+def settle_routers(models: list[Any], args: Any, sources: dict[str, str]) -> list[Any]:
+    """Say at the start what balances the experts and whether routers learn; collective.
+
+    A router whose weights are frozen keeps its experts' bias too: it would change what the model
+    computes without being among the trained weights.
+    """
+    routers = [each for chunk in models for each in chunk.modules() if isinstance(each, Router)]
+    for router in routers:
+        router.frozen_expert_bias = not router.weight.requires_grad
+    biased = sum(router.enable_expert_bias for router in routers)
+    learning = len(
+        {
+            name.partition(".router.")[0]
+            for chunk in models
+            for name, parameter in chunk.named_parameters()
+            if ".router." in name and parameter.requires_grad  # an adapter's too
+        }
+    )
+    counts = torch.tensor([learning, len(routers), biased], device=torch.cuda.current_device())
+    torch.distributed.all_reduce(counts, group=mpu.get_pipeline_model_parallel_group())
+    learning, total, biased = counts.tolist()
+    if total and distributed.on_rank_zero():
+        trainable = {0: "no", total: "yes"}.get(learning, f"{learning} of {total}")
+        words = _balancing(args, sources, biased > 0, learning > 0)
+        print(f"router trainable: {trainable}; {words}", flush=True)
+    return models
+
+
+def _balancing(args: Any, sources: dict[str, str], biased: bool, learning: bool) -> str:
+    weights = zip(args.moe_router_load_balancing_type, args.moe_aux_loss_coeff, strict=True)
+    source = sources["moe_aux_loss_coeff"]
+    parts = [f"{kind} {weight:g} ({source})" for kind, weight in weights if weight]
+    if not parts:
+        parts.append(f"no loss ({source})")
+    if args.moe_z_loss_coeff:
+        parts.append(f"z-loss {args.moe_z_loss_coeff:g}")
+    if biased:
+        rate = f"moved by {args.moe_router_bias_update_rate:g} a step" if learning else "kept"
+        parts.append(f"expert bias {rate}")
+    return "balance of experts: " + ", ".join(parts)
