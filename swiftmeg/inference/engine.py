@@ -1,6 +1,7 @@
 """A loaded model that answers conversations."""
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,8 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT's own
+            return PeftModel.from_pretrained(model, folder)
     except (*_UNREADABLE, NotImplementedError) as error:
         raise UserError(f"--adapters {folder}: cannot be loaded ({_line(error)})") from None
 
