@@ -87,7 +87,8 @@ def standard_row(row: Mapping[str, Any], chooser: random.Random, for_training: b
     """Return `row` in standard form, without `origin`; columns that it does not use are left out.
 
     `chooser` picks one of several responses. Raises RowError for a row that cannot be used, which
-    `for_training` includes one that does not end with the assistant's turn.
+    `for_training` includes one that does not end with the assistant's turn; otherwise a question
+    needs no response.
     """
     for column in _MEDIA:
         if row.get(column):
@@ -96,7 +97,7 @@ def standard_row(row: Mapping[str, Any], chooser: random.Random, for_training: b
     if conversation is not None:
         messages = _messages(row[conversation], conversation)
     else:
-        messages = _query_response(row, chooser)
+        messages = _query_response(row, chooser, for_training)
     system = _first(row, _SYSTEM)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(system, "system")})
@@ -135,9 +136,12 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
     return renamed
 
 
-def _query_response(row: Mapping[str, Any], chooser: random.Random) -> list[Row]:
+def _query_response(
+    row: Mapping[str, Any], chooser: random.Random, needs_response: bool
+) -> list[Row]:
     response = _first(row, _RESPONSE)
-    if response is None:
+    asks = any(row.get(name) for name in _QUERY)
+    if response is None and (needs_response or not asks):
         if not any(name in row for name in _RESPONSE):
             raise RowError("no known column", f"the columns are {', '.join(map(str, row))}")
         raise RowError("the response is empty")
@@ -158,7 +162,8 @@ def _query_response(row: Mapping[str, Any], chooser: random.Random) -> list[Row]
         messages.append({"role": "user", "content": _text(query, "query")})
     elif messages or any(name in row for name in _QUERY):
         raise RowError("the query is empty")
-    messages.append({"role": "assistant", "content": _text(response, "response")})
+    if response is not None:
+        messages.append({"role": "assistant", "content": _text(response, "response")})
     return messages
 
 

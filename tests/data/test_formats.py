@@ -141,7 +141,7 @@ def test_kept_columns():
 )  # fmt: skip
 def test_bad_rows(row, message):
     with pytest.raises(RowError, match=message):
-        standard(row)
+        standard_row(row, random.Random(0), for_training=True)
 
 
 def test_renaming():

@@ -125,7 +125,7 @@ def test_sample_answers_the_first_rows(folder: Path, tmp_path: Path):
     [
         ([], "--model is required"),
         (["--model", "/no/such/folder"], "no such folder"),
-        (["--model", "M", "--adapters", "a"], "--adapters is not supported yet"),
+        (["--model", "M", "--adapters", "a"], "--adapters a: there is no adapter_config.json"),
         (["--model", "M", "--infer_backend", "vllm"], "vllm"),
         (["--model", "M", "--temperature", "-1"], "--temperature -1.0 must be at least 0"),
         (["--model", "M", "--top_p", "2"], "--top_p 2.0 must be above 0 and at most 1"),
@@ -143,3 +143,20 @@ def test_bad_flags_are_one_clear_error(folder: Path, flags: list[str], message: 
     with pytest.raises(UserError) as error:
         infer.main([str(folder) if flag == "M" else flag for flag in flags])
     assert message in str(error.value)
+
+
+def test_questions_need_no_response(folder: Path, tmp_path: Path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    asked = [{"query": "hi"}, {"instruction": "say", "input": "yes"}, {"query": "a", "system": "S"}]
+    asked.append({"query": "and?", "history": [["hi", "ho"]]})
+    data.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    infer.main(
+        ["--model", str(folder), *RUN, "--val_dataset", str(data), "--result_path", str(out)]
+    )
+    assert [_said(row) for row in _read(out)] == [
+        [("user", "hi")],
+        [("user", "say\nyes")],
+        [("system", "S"), ("user", "a")],
+        [("user", "hi"), ("assistant", "ho"), ("user", "and?")],
+    ]
+    assert [row["labels"] for row in _read(out)] == [None] * 4
