@@ -1,7 +1,10 @@
 """Map a function over chunks of work in processes, keeping order and a bounded backlog."""
 
+import ctypes
 import multiprocessing
 import os
+import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -9,9 +12,17 @@ from concurrent.futures import Future, ProcessPoolExecutor
 _work: Callable[..., object] | None = None
 
 
-def _start(work: Callable[..., object]) -> None:
+_PR_SET_PDEATHSIG = 1
+
+
+def _start(work: Callable[..., object], parent: int) -> None:
     global _work
     _work = work
+    # Orphans would wait for work for ever, and hold the locks that their parent held.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
     # The parallelism is over chunks; threads of a forked tokenizer would only compete with it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -28,7 +39,7 @@ def map_chunks[Chunk, Result](
 
     Workers are forked, so `work` need not be picklable; chunks and results must be. At most two
     chunks per process are in flight, so that an endless source does not fill the memory. A worker
-    that is killed raises BrokenProcessPool here instead of hanging.
+    that is killed raises BrokenProcessPool here instead of hanging; workers end with this process.
     """
     if num_proc <= 1:
         yield from map(work, chunks)
@@ -37,7 +48,7 @@ def map_chunks[Chunk, Result](
         num_proc,
         mp_context=multiprocessing.get_context("fork"),
         initializer=_start,
-        initargs=(work,),
+        initargs=(work, os.getpid()),
     ) as pool:
         waiting: deque[Future[object]] = deque()
         try:

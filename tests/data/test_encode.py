@@ -4,8 +4,10 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from concurrent.futures.process import BrokenProcessPool
 
+import psutil
 import pytest
 from datasets import Dataset
 
@@ -256,3 +258,41 @@ def test_a_writer_that_comes_second_in_spite_of_the_lock_gives_way(tmp_path):
     get_or_build(folder, build)
     assert [path.name for path in folder.iterdir()] == ["first"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.lock"]
+
+
+class Slow(Template):
+    """Takes time for every row."""
+
+    def encode(self, row):
+        time.sleep(0.002)
+        return super().encode(row)
+
+
+def test_a_waiting_process_takes_over_from_one_that_is_killed(make_tokenizer, templates, tmp_path):
+    """Its worker processes hold its lock, too, unless they die with it."""
+    template = Slow(make_tokenizer(templates.chatml))
+    rows = rows_of(3000)
+    root = tmp_path / "own"
+
+    def prepare(answers):
+        encoded = encode_rows(rows, template, num_proc=2, cache_dir=str(root))
+        answers.put(sum(encoded["length"]))
+
+    answers = fork.Queue()
+    first, second = (fork.Process(target=prepare, args=(answers,)) for _ in range(2))
+    first.start()
+    while not list(root.glob(".*tmp-*/data.arrow")):
+        time.sleep(0.01)
+    second.start()
+    time.sleep(0.3)
+    workers = psutil.Process(first.pid).children()
+    first.kill()
+    found = answers.get(timeout=60)
+    second.join()
+    _, alive = psutil.wait_procs(workers, timeout=5)
+    assert len(workers) == 2
+    assert not alive
+    (folder,) = (path for path in root.iterdir() if path.is_dir())
+    assert sorted(path.name for path in folder.iterdir()) == ["account.json", "data.arrow"]
+    again = encode_rows(rows, Template(template.tokenizer), cache_dir=str(tmp_path / "other"))
+    assert sum(again["length"]) == found
