@@ -82,6 +82,7 @@ def _flags(args: Any, model: HFModel) -> dict[str, Any]:
         "no_save_rng": True,
         "no_load_optim": True,
         "no_load_rng": True,
+        "no_initialization": True,
         "finetune": True,
         "exit_on_missing_checkpoint": True,
     }

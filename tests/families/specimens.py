@@ -217,7 +217,7 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
                 "topk_method": "group_limited_greedy",
                 "n_group": 3,
                 "topk_group": 2,
-                "num_experts_per_tok": 3,
+                "num_experts_per_tok": 4,
                 "routed_scaling_factor": 2.5,
             },
             experts=True,
