@@ -90,6 +90,9 @@ def _attention(args: argparse.Namespace) -> list[_Part]:
         # Keys and values are repeated for every query head, and norms and products keep inputs of
         # their own.
         projected += 2 * (queries - keys)
+    elif "core_attn" in _recomputed(args, experts=False):
+        # The values that the recomputation starts from are a view into the whole projection.
+        projected += queries + keys
     return [*parts, _Part("normed", stream), _Part("attention", projected + queries)]
 
 

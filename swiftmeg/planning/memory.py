@@ -1,6 +1,7 @@
 """Memory of a rank in training: what Megatron and TransformerEngine allocate, in bytes."""
 
 import argparse
+import os
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,11 @@ import torch
 from swiftmeg.planning.activations import element_size, layer_bytes, stream_bytes
 from swiftmeg.planning.stages import Chunk, Stage, Weight
 
-RESERVE = 1.08
-"""What torch's allocator holds for one byte in use: blocks that fit no later request. Measured, see
+WORKSPACE = 2**27
+"""Bytes that cuBLAS and TransformerEngine keep to work in."""
+
+ROUNDING = 1.02
+"""What torch's allocator holds for one byte in use, beside what `Memory.stale` says. Measured, see
 docs/benchmarks.md."""
 
 _STATE_BYTES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.uint8: 1}
@@ -26,12 +30,15 @@ class Memory:
     loss: float
     """Logits, their softmax and gradient."""
 
+    stale: float
+    """Freed blocks that the allocator holds in vain: micro-batches differ in length, so one softmax
+    of another length than the last waits for its like. None with expandable segments."""
+
     @property
     def peak(self) -> float:
-        """All of it, with the allocator's share; what nvidia-smi shows has CUDA's own on top."""
-        return RESERVE * (
-            self.weights + self.gradients + self.optimizer + self.activations + self.loss
-        )
+        """All of it, as torch reserves it; what nvidia-smi shows has CUDA's own on top."""
+        used = self.weights + self.gradients + self.optimizer + self.activations + self.loss
+        return ROUNDING * (used + WORKSPACE) + self.stale
 
 
 def stage_memory(args: argparse.Namespace, stage: Stage, tokens: int, accumulation: int) -> Memory:
@@ -40,7 +47,8 @@ def stage_memory(args: argparse.Namespace, stage: Stage, tokens: int, accumulati
     `tokens`: of one micro-batch on one context-parallel rank. `accumulation`: micro-batches a step.
     """
     trained = [weight for weight in stage.weights if weight.trained]
-    loss = tokens * _loss_bytes(args) if stage.chunks[-1].last else 0.0
+    last = stage.chunks[-1].last
+    loss = tokens * _loss_bytes(args) if last else 0.0
     kept, working = _activations(args, stage, accumulation)
     # The loss is computed and gone before the first layer's backward pass needs its own room.
     extra = max(loss, tokens * working + _largest_gradient(args, trained))
@@ -50,7 +58,14 @@ def stage_memory(args: argparse.Namespace, stage: Stage, tokens: int, accumulati
         optimizer=_optimizer_bytes(args, trained),
         activations=tokens * kept + extra - loss,
         loss=loss,
+        stale=tokens * 4 * _vocabulary(args) if last and not expandable_segments() else 0.0,
     )
+
+
+def expandable_segments() -> bool:
+    """Whether the environment gives torch's allocator segments that grow, which leave no gaps."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return any("expandable_segments:True" in os.environ.get(name, "") for name in names)
 
 
 def _weight_bytes(args: argparse.Namespace) -> float:
@@ -95,15 +110,18 @@ def _largest_gradient(args: argparse.Namespace, trained: list[Weight]) -> float:
     return element_size(args) * max((weight.size for weight in trained), default=0)
 
 
+def _vocabulary(args: argparse.Namespace) -> float:
+    return float(args.padded_vocab_size / args.tensor_model_parallel_size)
+
+
 def _loss_bytes(args: argparse.Namespace) -> float:
     """Bytes per token: half-precision logits beside their fp32 softmax, which fp32 logits become
     in place; further predictions (MTP) keep theirs until the backward pass."""
-    columns = args.padded_vocab_size / args.tensor_model_parallel_size
     size = element_size(args)
     one = 4 + (size if size == 2 else 0)
     if args.cross_entropy_loss_fusion:
         one += 4  # the fused function keeps its steps apart
-    return columns * (one + 4 * (args.mtp_num_layers or 0))
+    return _vocabulary(args) * (one + 4 * (args.mtp_num_layers or 0))
 
 
 def _activations(args: argparse.Namespace, stage: Stage, accumulation: int) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from swiftmeg.planning.memory import Memory, stage_memory
 from swiftmeg.planning.stages import Stage
 
 GIB = 2**30
-_COLUMNS = ("weights", "gradients", "optimizer", "activations", "loss", "peak")
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "loss", "stale", "peak")
 
 
 def report(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from swiftmeg.planning.memory import stage_memory
+from swiftmeg.planning.memory import WORKSPACE, stage_memory
 from swiftmeg.planning.stages import Chunk, Stage, Weight
 
 LAYER = 1000
@@ -106,8 +106,8 @@ def test_recomputation_keeps_less() -> None:
     core = activations(namespace(recompute_granularity="selective"))
     mlp = activations(namespace(recompute_granularity="selective", recompute_modules=["mlp"]))
     full = [activations(namespace(**uniform, recompute_num_layers=n)) for n in (1, 2)]
-    assert none > core > 0.97 * none  # fused attention keeps hardly anything to recompute
-    assert core > mlp > full[0] > full[1]
+    assert core > none  # fused attention keeps nothing to recompute, but then the whole projection
+    assert none > mlp > full[0] > full[1]
 
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
@@ -130,3 +130,44 @@ def test_the_loss_keeps_half_precision_logits_and_an_fp32_softmax() -> None:
     assert stage_memory(namespace(), stage(), 1000, 1).loss == 1000 * 1024 * 6
     assert stage_memory(namespace(bf16=False), stage(), 1000, 1).loss == 1000 * 1024 * 4
     assert stage_memory(namespace(), stage(last=False), 1000, 1).loss == 0
+
+
+QWEN_1_5B = {
+    "hidden_size": 1536,
+    "ffn_hidden_size": 8960,
+    "num_attention_heads": 12,
+    "num_query_groups": 2,
+    "kv_channels": 128,
+    "padded_vocab_size": 151936,
+}
+UNIFORM = {
+    "recompute_granularity": "full",
+    "recompute_method": "uniform",
+    "recompute_num_layers": 1,
+}
+
+MEASURED = [
+    ({}, 48.65, 54.07),
+    ({"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}, 49.41, 54.75),
+    (UNIFORM, 33.66, 39.33),
+]
+"""Flags, and GiB allocated and reserved at the peak of full fine-tuning with micro-batches of 2 x
+4096 tokens on one H100; see docs/benchmarks.md."""
+
+
+@pytest.mark.parametrize(("flags", "allocated", "reserved"), MEASURED)
+def test_the_estimate_is_near_what_an_h100_measured(
+    flags: dict[str, Any],
+    allocated: float,
+    reserved: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    weights = (Weight("all", 1_543_714_304, 1, False, True),)
+    whole = Stage(0, (Chunk(tuple(range(28)), (False,) * 28, 0, True, True, weights),))
+    memory = stage_memory(namespace(**QWEN_1_5B, **flags), whole, 2 * 4096, 4)
+    used = memory.weights + memory.gradients + memory.optimizer + memory.activations + memory.loss
+    assert (used + WORKSPACE) / 2**30 == pytest.approx(allocated, rel=0.005)
+    assert memory.peak / 2**30 == pytest.approx(reserved, rel=0.02)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert stage_memory(namespace(**QWEN_1_5B, **flags), whole, 2 * 4096, 4).stale == 0
