@@ -149,6 +149,17 @@ def _resume_torch_adam() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_states
 
 
+def build_predictions(spec: Callable[[Any, int | None], Any]) -> None:
+    """Let the model builder make prediction modules from `spec(config, vp_stage)`.
+
+    It makes them of Megatron's own layers, whatever the layers of the decoder are. Can go when it
+    takes the decoder's.
+    """
+    from megatron.training.models import gpt
+
+    gpt.mtp_block_spec = lambda config, layers, vp_stage=None: spec(config, vp_stage)
+
+
 def on_training_log(observer: Callable[..., None], print_line: Callable[[str], None]) -> None:
     """Call `observer` with the arguments of every training_log() and send its line to `print_line`.
 

@@ -17,6 +17,7 @@ from swiftmeg.args.moe import (
     ExpertShapeArguments,
     LatentShapeArguments,
     PredictionArguments,
+    PredictionLossArguments,
 )
 from swiftmeg.args.planned import (
     PlannedArguments,
@@ -36,6 +37,7 @@ class SftArguments(
     ExpertParallelArguments,
     ExpertArguments,
     PredictionArguments,
+    PredictionLossArguments,
     LoraArguments,
     FreezingArguments,
     OverrideArguments,

@@ -105,6 +105,14 @@ class PredictionArguments(MegatronFlags):
     """Modules that predict further tokens: those of the model, or 0 to leave them out."""
 
 
+@dataclass
+class PredictionLossArguments(MegatronFlags):
+    """Multi-token prediction: loss"""
+
+    mtp_loss_scaling_factor: float = 0.1
+    """Weight of the loss of the modules that predict further tokens."""
+
+
 _WITHOUT_EFFECT = {
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": 1,
@@ -239,7 +247,9 @@ def expert_flags(args: Any, built: dict[str, Any], fused: bool) -> dict[str, Any
 def prediction_flags(built: dict[str, Any]) -> dict[str, Any]:
     """What replaces the flags of multi-token prediction on Megatron's command line."""
     count = built.get("mtp_num_layers") or None
-    return {"mtp_num_layers": count} if count else dict.fromkeys(_names(PredictionArguments))
+    if count:
+        return {"mtp_num_layers": count}
+    return dict.fromkeys(_names(PredictionArguments) + _names(PredictionLossArguments))
 
 
 def check_pattern(model: HFModel, wanted: str | None) -> None:

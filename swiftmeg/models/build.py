@@ -11,9 +11,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
+from swiftmeg import upstream
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
-from swiftmeg.models.layers import block_spec
+from swiftmeg.models.layers import block_spec, prediction_spec
 from swiftmeg.models.layout import Dims
 from swiftmeg.models.rope import LatentRotaryEmbedding, ScaledRotaryEmbedding
 
@@ -62,9 +63,15 @@ def model_config(
         switches = LayerSwitches.of(args)
         return block_spec(config.transformer, args.layer_backend, vp_stage, switches)
 
+    def predictions(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+        switches = LayerSwitches.of(args)
+        return prediction_spec(config.transformer, args.layer_backend, vp_stage, switches)
+
     def finish(models: list[GPTModel]) -> list[GPTModel]:
         for model in models:
             _use_hf_rope(model, hf_config)
+            if args.num_experts is not None:
+                _keep_marks_whole(model)
             _forbid_padded_vocabulary(model, args.vocab_size)
             if not args.fp8:
                 _leave_out_extra_state(model)
@@ -78,6 +85,7 @@ def model_config(
         # The kind that takes a factor on cosine and sine, which is 1 unless the scaling is yarn.
         config.transformer.rope_type = "yarn"
     config.transformer_layer_spec = spec
+    upstream.build_predictions(predictions)
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]
     config.post_wrap_hooks = list(post_wrap_hooks or [])
     return config
@@ -103,6 +111,21 @@ def _attention_layers(model: GPTModel) -> Iterator[Any]:
     yield from model.decoder.layers
     if model.mtp_process:
         yield from (layer.mtp_model_layer for layer in model.mtp.layers)
+
+
+def _keep_marks_whole(model: GPTModel) -> None:
+    """Hand experts their tokens' marks as they came.
+
+    Under sequence parallelism Megatron would cut them, on the first pipeline stage only and before
+    prediction modules shift them; layers of experts do it themselves.
+    """
+    preprocess = model._preprocess
+
+    def keep(*args: Any, padding_mask: Any = None, **kwargs: Any) -> Any:
+        outputs = preprocess(*args, **kwargs)
+        return (*outputs[:5], padding_mask, *outputs[6:])
+
+    model._preprocess = keep
 
 
 def _forbid_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:

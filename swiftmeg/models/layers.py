@@ -11,6 +11,12 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_ba
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
+    MultiTokenPredictionLayerSubmodules,
+    get_mtp_num_layers_to_build,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -102,6 +108,36 @@ def block_spec(
     return TransformerBlockSubmodules(
         layer_specs=[model[number] for number in _numbers_here(config, vp_stage)], layer_norm=norm
     )
+
+
+def prediction_spec(
+    config: TransformerConfig,
+    backend: str,
+    vp_stage: int | None = None,
+    switches: LayerSwitches | None = None,
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The modules that predict further tokens, each around a layer like the decoder's last.
+
+    None where this pipeline stage has none of them.
+    """
+    if not get_mtp_num_layers_to_build(config, vp_stage=vp_stage):
+        return None
+    provider = _provider(backend)
+    norm = provider.layer_norm(rms_norm=True, has_residual=False)
+    last = moe_layers(config)[-1]
+    module = ModuleSpec(
+        module=MultiTokenPredictionLayer,
+        submodules=MultiTokenPredictionLayerSubmodules(
+            enorm=norm,
+            hnorm=norm,
+            layer_norm=norm,
+            eh_proj=provider.column_parallel_linear(),
+            mtp_model_layer=_layer_spec(
+                config, provider, switches or LayerSwitches(), experts=last
+            ),
+        ),
+    )
+    return MultiTokenPredictionBlockSubmodules(layer_specs=[module] * config.mtp_num_layers)
 
 
 def _numbers_here(config: TransformerConfig, vp_stage: int | None) -> list[int]:

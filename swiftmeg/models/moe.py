@@ -169,8 +169,7 @@ class MoELayer(MegatronMoELayer):
     ) -> tuple[Tensor, None]:
         """Send `hidden_states` [s, b, h] through their experts; `padding_mask` [b, s] are marks.
 
-        The marks may be those of the whole sequence where this rank holds a part of it: Megatron
-        cuts them on the first pipeline stage only.
+        The marks are those of the whole sequence, also where this rank holds a part of it.
         """
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("experts under tensor parallelism need sequence parallelism")

@@ -431,6 +431,8 @@ MEGATRON: dict[str, Row] = {
     "moe_shared_expert_overlap": Sets(True, "moe_shared_expert_overlap",
                                       flags=MOE | {"moe_token_dispatcher_type": "alltoall"}),
     "mtp_num_layers": Refused(1, "has no multi-token prediction"),
+    "mtp_loss_scaling_factor": ShownBy("tests/layouts/test_experts.py",
+                                       '"mtp_loss_scaling_factor": 0'),
     "eval_iters": Sets(3, "eval_iters", flags={"split_dataset_ratio": 0.25}),
     "eval_interval": Sets(6, "eval_interval"),
     "fp16": Refused(True, "fp16 training needs a GPU"),

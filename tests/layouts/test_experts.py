@@ -295,3 +295,56 @@ def test_first_step_is_that_of_transformers(work: Path, model: str, balanced: bo
     for key, gradient in expected.items():
         assert gradient.norm() > 0, key
         assert difference(found[key], gradient) <= 1e-5, key
+
+
+def test_prediction_modules_train_alike(work: Path, tmp_path: Path) -> None:
+    """--mtp_num_layers and --mtp_loss_scaling_factor; the weights are published and come back."""
+    family, sizes = MODELS["deepseek_v3"]
+    folder = save_model(work / "predicting", family, **sizes | {"num_hidden_layers": 4})
+    add_prediction_module(folder)
+    steps = {"mtp_num_layers": 1, "train_iters": 2, "save_safetensors": "true"} | BALANCED
+    runs = {}
+    for name, world, flags in (
+        ("one", 1, {}),
+        ("tp2-ep2", 2, TENSOR | EXPERT | {"expert_tensor_parallel_size": 1}),
+        ("unweighted", 1, {"mtp_loss_scaling_factor": 0}),
+        ("without", 1, {"mtp_num_layers": 0}),
+    ):
+        runs[name] = train_steps(work, "predicting", name, world, steps | flags)
+    for line, other in zip(runs["one"], runs["tp2-ep2"], strict=True):
+        for key in ("lm loss", "grad_norm"):
+            assert relative(line[key], other[key]) <= 1e-4, key
+    first = {name: lines[0] for name, lines in runs.items()}
+    assert relative(first["one"]["lm loss"], first["without"]["lm loss"]) <= 1e-6
+    assert first["one"]["grad_norm"] > 1.001 * first["without"]["grad_norm"]
+    before = load_folder(folder)
+    moved = load_folder(work / "predicting-one" / "iter_0000002-hf")
+    left = load_folder(work / "predicting-without" / "iter_0000002-hf")
+    assert moved.keys() == before.keys()
+    assert left.keys() == {key for key in before if "layers.3." not in key}
+    assert not torch.equal(
+        moved["model.layers.3.eh_proj.weight"], before["model.layers.3.eh_proj.weight"]
+    )
+
+
+def add_prediction_module(folder: Path) -> None:
+    """Turn the last decoder layer of a folder into a module as DeepSeek-V3 publishes it."""
+    from safetensors.torch import save_file
+
+    tensors = load_folder(folder)
+    size = tensors["model.norm.weight"].shape[0]
+    torch.manual_seed(5)
+    new = "model.layers.3."
+    tensors |= {
+        new + "enorm.weight": 1 + 0.3 * torch.randn(size),
+        new + "hnorm.weight": 1 + 0.3 * torch.randn(size),
+        new + "eh_proj.weight": torch.randn(size, 2 * size) / size,
+        new + "shared_head.norm.weight": 1 + 0.3 * torch.randn(size),
+        new + "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+        new + "shared_head.head.weight": tensors["lm_head.weight"].clone(),
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    config.pop("num_mtp_layers", None)
+    (folder / "config.json").write_text(json.dumps(config))
