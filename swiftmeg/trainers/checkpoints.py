@@ -26,6 +26,20 @@ def settle_start(args: Any, note: str | None) -> None:
         print(f"warning: {note}", flush=True)
 
 
+def nothing_left(args: Any, train_iters: int) -> str | None:
+    """What to say where the run that is continued has made all its steps, else None."""
+    flag, named = f"--{args.continued}", getattr(args, args.continued)
+    if named is None or args.finetune:
+        return None
+    made = args.ckpt_step or _tracked(Path(named))
+    if made is None or made < train_iters:
+        return None
+    return (
+        f"{flag} {named} has made {made} steps and this run has {train_iters}: nothing is left to "
+        "train; raise --train_iters or --max_epochs, or start anew by --finetune true"
+    )
+
+
 def _tracked(folder: Path) -> int | None:
     word = (folder / checkpoint.TRACKER).read_text().strip()
     return int(word) if word.isdecimal() else None

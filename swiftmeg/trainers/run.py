@@ -13,7 +13,12 @@ from swiftmeg.args.check import check_training, check_writable, checkpoint_defau
 from swiftmeg.args.resolve import describe, write_args_file
 from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
-from swiftmeg.trainers.checkpoints import CheckpointFolder, keep_random_state, settle_start
+from swiftmeg.trainers.checkpoints import (
+    CheckpointFolder,
+    keep_random_state,
+    nothing_left,
+    settle_start,
+)
 from swiftmeg.trainers.data import TrainingData, prepare_data
 from swiftmeg.tuners.peft_format import HFAdapters
 from swiftmeg.tuners.start import start_from
@@ -48,6 +53,8 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     platform.prepare()
     distributed.initialize(args.distributed_timeout_minutes)
     settle_start(args, note)
+    if (end := nothing_left(args, data.train_iters)) and distributed.on_rank_zero():
+        print(f"warning: {end}", flush=True)
     folder = next_version(save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():

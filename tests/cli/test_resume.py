@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -159,3 +160,32 @@ def test_killed_job_continues_in_its_layout_and_in_another(work: Path) -> None:
                 assert record[key] == pytest.approx(expected[step][key], rel=1e-5), (name, step)
             for key in ("learning_rate", "consumed_samples"):
                 assert record[key] == expected[step][key], (name, step)
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "said"),
+    [
+        (6, {}, "--load run has made 6 steps and this run has 6: nothing is left to train"),
+        (4, {}, "--load run has made 6 steps and this run has 4: nothing is left to train"),
+        (7, {}, None),
+        (6, {"ckpt_step": 3}, None),
+        (6, {"finetune": True}, None),
+    ],
+)
+def test_a_run_at_its_end_says_so(
+    steps: int,
+    changes: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from swiftmeg.trainers.checkpoints import nothing_left
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / TRACKER).write_text("6")
+    args = SimpleNamespace(continued="load", load="run", finetune=False, ckpt_step=None)
+    vars(args).update(changes)
+    warning = nothing_left(args, steps)
+    assert (warning is None) == (said is None)
+    assert (warning or "").startswith(said or "")
