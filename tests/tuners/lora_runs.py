@@ -42,7 +42,7 @@ def flags(work: Path, model: str, save: Path, changes: dict[str, Any]) -> list[s
         "lora_dropout": 0,
         "train_iters": 10,
         "global_batch_size": 20,
-        "lr": 1e-2,
+        "lr": 2e-3,
         "weight_decay": 0.01,
         "lr_decay_style": "constant",
         "adam_eps": 1e-3,  # rounding of gradients near zero does not turn updates around

@@ -120,7 +120,7 @@ def test_ten_steps_are_those_of_peft(work: Path, model: str) -> None:
     trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     flat = [(p, 0.0 if p.dim() == 1 else 0.01) for p in trained.values()]
     groups = [{"params": [p], "weight_decay": decay} for p, decay in flat]
-    adam = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-3)
+    adam = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), eps=1e-3)
     for line in log(work, f"{model}-alone"):
         loss = transformers_loss(peft, work / model)
         assert relative(line["lm loss"], loss.item()) <= 1e-4
