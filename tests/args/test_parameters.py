@@ -7,7 +7,6 @@ effect; a flag without a row fails, and so does a documented one that is not dec
 import dataclasses
 import importlib.util
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -312,7 +311,7 @@ MEGATRON: dict[str, Row] = {
     "recompute_modules": Sets(["core_attn", "mlp"], "recompute_modules"),
     "deterministic_mode": Sets(True, "deterministic_mode", flags={"NCCL_ALGO": "Ring"}),
     "log_interval": Sets(3, "log_interval"),
-    "tensorboard_dir": ShownBy("tests/args/test_parameters.py", "test_tensorboard_goes_where"),
+    "tensorboard_dir": ShownBy("tests/cli/test_guide.py", "--tensorboard_dir boards"),
     "cross_entropy_loss_fusion": Sets(True, "cross_entropy_loss_fusion"),
     "cross_entropy_fusion_impl": Refused("te", "Megatron has switched it off"),
     "calculate_per_token_loss": Sets(False, "calculate_per_token_loss"),
@@ -780,11 +779,6 @@ def test_the_learning_rate_can_be_left_out() -> None:
     for tag in ("learning-rate", "lm loss", "learning-rate vs samples"):
         writer.add_scalar(tag, 1.0, 1)
     assert written == ["lm loss"]
-
-
-def test_tensorboard_goes_where_it_is_told() -> None:
-    source = (ROOT / "swiftmeg/trainers/run.py").read_text()
-    assert re.search(r"megatron.tensorboard_dir = run.args.tensorboard_dir or", source)
 
 
 def test_conversion_hands_on(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The commands of Megatron-SWIFT's guide, with local models and data sets, run as they stand.
 
 Only ids, the sizes of samples drawn (`#500`) and paths differ; pre-training over 5000 steps also
-gets an `--exit_interval`. Ranks are forked here instead of launched, which tests/cli/test_launch.py
-covers.
+gets an `--exit_interval`, and a `--tensorboard_dir` of its own. Ranks are forked here instead of
+launched, which tests/cli/test_launch.py covers.
 """
 
 import json
@@ -94,6 +94,7 @@ megatron pt
     --no_save_rng true
     --dataset_num_proc 4
     --exit_interval 1
+    --tensorboard_dir boards
 """
 
 TO_HF = """
@@ -176,6 +177,8 @@ def test_pre_training_on_a_stream(work: Path) -> None:
     run_command(work, PT, ranks=2)
     run = newest(work / "megatron_output" / "Qwen2.5-pt")
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "1"
+    assert list((work / "boards").glob("events.out.tfevents.*"))
+    assert not (run / "runs").exists()
 
 
 def test_preference_training_says_that_it_is_not_there(
