@@ -131,7 +131,7 @@ def main(words: list[str]) -> int:
             page += header("bug", "row", "seen by")
             page += [matrix.mutation(each) for each in MUTATIONS]
     print(*(f"RED {line}" for line in matrix.red), sep="\n")
-    if not words and not matrix.red:
+    if not words:
         PAGE.write_text("\n".join(page) + "\n")
     return 1 if matrix.red else 0
 
