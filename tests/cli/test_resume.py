@@ -115,7 +115,8 @@ def resume(
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / f"iter_{STEPS:07d}-hf" / "model.safetensors")
+    files = (folder / f"iter_{STEPS:07d}-hf").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def check_exact(found: dict[str, dict[str, Any]], expected: dict[str, dict[str, Any]]) -> None:
@@ -189,3 +190,64 @@ def test_a_run_at_its_end_says_so(
     warning = nothing_left(args, steps)
     assert (warning is None) == (said is None)
     assert (warning or "").startswith(said or "")
+
+
+def test_run_that_changes_its_layout_at_every_stop_ends_like_one_process(work: Path) -> None:
+    """TP 2 -> PP 2 -> DP 2 -> CP 2 -> TP 2, a step or two in each."""
+    whole, moving = work / "whole-one", work / "moving"
+    constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "save_interval": 1}
+    run_ranks(1, train, flags(work, whole, **constant))
+    expected = steps(whole)
+    layouts = [
+        (1, TENSOR),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (3, {}),
+        (4, {"context_parallel_size": 2}),
+        (STEPS, TENSOR),
+    ]
+    for until, layout in layouts:
+        start = {"load": moving} if until > 1 else {}
+        run_ranks(2, train, flags(work, moving, **constant | layout | start, train_iters=until))
+    lines = [json.loads(line) for line in (moving / "logging.jsonl").read_text().splitlines()]
+    assert len(lines) == STEPS
+    for found, record in zip(lines, expected.values(), strict=True):
+        for key in ("lm loss", "grad_norm"):
+            assert found[key] == pytest.approx(record[key], rel=1e-5), found
+        for key in ("learning_rate", "consumed_samples"):
+            assert found[key] == record[key]
+    ours, theirs = weights(moving), weights(whole)
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+def test_dropout_of_every_data_parallel_rank_continues(work: Path) -> None:
+    """Ranks draw different numbers, because their rows differ in length."""
+    whole, cut = work / "whole-dp2", work / "cut-dp2"
+    constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
+    changes = DROPOUT | constant | {"deterministic_mode": "true"}
+    run_ranks(2, train, flags(work, whole, **changes))
+    run_ranks(2, train, flags(work, cut, **changes, train_iters=SAVED))
+    check_exact(resume(work, cut, cut, 2, **changes), steps(whole))
+    check_weights(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"cross_entropy_loss_fusion": "true"}, "--cross_entropy_loss_fusion"),
+        ({"NCCL_ALGO": "Tree"}, "NCCL_ALGO='Tree'"),
+    ],
+)
+def test_deterministic_mode_says_what_it_refuses(
+    work: Path, changes: dict[str, Any], line: str
+) -> None:
+    environ = {name: changes.pop(name) for name in list(changes) if name.isupper()}
+    argv = flags(work, work / "refused", deterministic_mode="true", **changes)
+    with pytest.raises(RuntimeError, match=f"UserError: .*{line}"):
+        run_ranks(1, train_with, argv, environ)
+
+
+def train_with(argv: list[str], environ: dict[str, str]) -> None:
+    """`train` with environment variables."""
+    os.environ.update(environ)
+    train(argv)

@@ -8,6 +8,7 @@ a parameter on different ranks must be bit-identical.
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,29 @@ STEPS = 2
 ONE = Row("", "", "padding_free")
 
 
-def flags(work: Path, row: Row, save: Path) -> list[str]:
-    """The command line of a row."""
-    settings = {
-        "model": work / row.model,
-        "dataset": work / "rows.jsonl",
-        "train_iters": STEPS,
-        "lr": 3e-3,
-        "lr_decay_style": "constant",
-        # Where a gradient is zero but for rounding, as that of a key's bias, Adam's default would
-        # blow the rounding up to a full step.
-        "adam_eps": 1e-3,
-        "clip_grad": 5.0,
-        "attention_dropout": 0,
-        "log_interval": 1,
-        "num_workers": 0,
-        "save": save,
-        "add_version": "false",
-        "strict": "true",
-    } | row.flags
+def flags(work: Path, row: Row, save: Path, extra: dict[str, Any]) -> list[str]:
+    """The command line of a row; `extra` wins."""
+    settings = (
+        {
+            "model": work / row.model,
+            "dataset": work / "rows.jsonl",
+            "train_iters": STEPS,
+            "lr": 3e-3,
+            "lr_decay_style": "constant",
+            # A gradient that is zero but for rounding, as that of a key's bias, must not become a
+            # full step of Adam.
+            "adam_eps": 1e-3,
+            "clip_grad": 5.0,
+            "attention_dropout": 0,
+            "log_interval": 1,
+            "num_workers": 0,
+            "save": save,
+            "add_version": "false",
+            "strict": "true",
+        }
+        | row.flags
+        | extra
+    )
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
@@ -95,25 +100,20 @@ def write(model: Any, models: list[Any], folder: Path, gradients: bool = False) 
     """Write the weights, or in their place their gradients, as a Hugging Face folder."""
     from megatron.training import get_args
 
-    from swiftmeg.export.save import save_hf
+    from swiftmeg.export import save
+    from swiftmeg.export.shards import live_weights
     from swiftmeg.models.build import dims_of
 
-    weights = {}
-    if gradients:
-        for parameter, gradient in reduced_gradients(models).items():
-            weights[parameter] = parameter.data
-            parameter.data = gradient
-    save_hf(
-        models,
-        folder,
-        model.folder,
-        model.family,
-        model.config,
-        dims_of(get_args()),
-        dtype=torch.float32,
-    )
-    for parameter, weight in weights.items():
-        parameter.data = weight
+    found = reduced_gradients(models) if gradients else {}
+
+    def in_place(models: list[Any]) -> Iterator[Any]:
+        for live in live_weights(models):
+            yield replace(live, tensor=found.get(live.tensor, live.tensor))
+
+    save.live_weights = in_place
+    family, dims = model.family, dims_of(get_args())
+    save.save_hf(models, folder, model.folder, family, model.config, dims, dtype=torch.float32)
+    save.live_weights = live_weights
 
 
 def reduced_gradients(models: list[Any]) -> dict[Any, torch.Tensor]:
@@ -157,13 +157,20 @@ def differing_copies(models: list[Any]) -> list[str]:
 
 
 def run(
-    work: Path, row: Row, name: str | None = None, mutate: Callable[[], None] | None = None
+    work: Path,
+    row: Row,
+    name: str | None = None,
+    mutate: Callable[[], None] | None = None,
+    **extra: Any,
 ) -> dict[str, Any]:
-    """Train a row; returns `lines`, `gradients`, `weights` and `copies` that differ."""
+    """Train a row with `extra` flags.
+
+    Returns `lines`, `gradients`, `weights` and `copies` that differ.
+    """
     folder = work / (name or str(row).replace(" | ", "-").replace(" ", "_"))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    argv = flags(work, row, folder / "run")
+    argv = flags(work, row, folder / "run", extra)
     faults = run_ranks(row.world, train_row, argv, str(folder), mutate)
     lines = (folder / "run" / "logging.jsonl").read_text().splitlines()
     return {

@@ -241,11 +241,14 @@ ROWS = [
 ]
 
 
-def write_inputs(folder: Path, models: set[str]) -> None:
-    """Write the models and the rows: conversations of awkward lengths, 25 to 125 tokens."""
+def write_inputs(folder: Path, models: set[str], **changes: Any) -> None:
+    """Write the models and the rows: conversations of awkward lengths, 25 to 125 tokens.
+
+    `changes` are sizes that all models get.
+    """
     for name in models:
         family, sizes = MODELS[name]
-        save_model(folder / name, family, **sizes)
+        save_model(folder / name, family, **sizes | changes)
     lines = []
     for i in range(16):
         # pairs of rows fill a pack of MAX_LENGTH
