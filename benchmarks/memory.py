@@ -1,6 +1,6 @@
 """Memory of each rank as layouts and recomputation change: `python -m benchmarks.memory`.
 
-Trains two steps of a model whose activations outweigh its weights, on CPU processes, and prints
+Trains a step of a model whose activations outweigh its weights, on CPU processes, and prints
 how much the largest rank's resident memory grows while training (GiB).
 """
 
@@ -13,11 +13,11 @@ from tests.matrix.__main__ import header, quiet, table_line
 from tests.ranks import run_ranks
 from tests.tiny import save_model
 
-TOKENS = 4096
+TOKENS = 2048
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 704,
-    "num_hidden_layers": 8,
+    "num_hidden_layers": 4,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -85,8 +85,8 @@ def main() -> None:
         settings = {
             "model": work / "model",
             "dataset": work / "rows.jsonl",
-            "train_iters": 2,
-            "global_batch_size": 4,
+            "train_iters": 1,
+            "global_batch_size": 2,
             "num_workers": 0,
             "no_save_optim": "true",
             "save_interval": 1000,
