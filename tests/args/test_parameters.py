@@ -248,8 +248,8 @@ SHARED: dict[str, Row] = {
     "external_plugins": Changes(["plugin.py"], environ("FROM_PLUGIN"), "1"),
     "custom_register_path": Changes(["plugin.py"], environ("FROM_PLUGIN"), "1"),
     "model_kwargs": Changes({"from_kwargs": 1}, environ("FROM_KWARGS"), "1"),
-    "decoder_first_pipeline_num_layers": Refused(1, "need --pipeline_model_parallel_size above 1"),
-    "decoder_last_pipeline_num_layers": Refused(1, "need --pipeline_model_parallel_size above 1"),
+    "decoder_first_pipeline_num_layers": Refused(1, "needs --pipeline_model_parallel_size above 1"),
+    "decoder_last_pipeline_num_layers": Refused(1, "needs --pipeline_model_parallel_size above 1"),
 } | ARCHITECTURE
 
 DATA: dict[str, Row] = {
