@@ -50,11 +50,11 @@ def settle_routers(models: list[Any], args: Any, sources: dict[str, str]) -> lis
     """Say at the start what balances the experts and whether routers learn; collective.
 
     A router whose weights are frozen keeps its experts' bias too: it would change what the model
-    computes without being among the trained weights.
+    computes without being among the trained weights. Beside adapters every router does.
     """
     routers = [each for chunk in models for each in chunk.modules() if isinstance(each, Router)]
     for router in routers:
-        router.frozen_expert_bias = not router.weight.requires_grad
+        router.frozen_expert_bias |= not router.weight.requires_grad
     biased = sum(router.enable_expert_bias for router in routers)
     learning = len(
         {
