@@ -110,7 +110,9 @@ class Matrix:
             faults = faults_of(run(self.work, each.row, mutate=each.apply), expected)
         if not faults:
             self.red.append(f"not seen: {each.words}")
-        return table_line([each.words, str(each.row), faults[0] if faults else "NOT SEEN"])
+        return table_line(
+            [each.words, str(each.row).replace(" |", ","), faults[0] if faults else "NOT SEEN"]
+        )
 
 
 def main(words: list[str]) -> int:

@@ -148,12 +148,12 @@ def tied_weights_drift_apart() -> None:
 
 
 def same_rows_everywhere() -> None:
-    from swiftmeg.data.loader import _Layout
+    from swiftmeg.data.loader import Layout
 
     def make(original: Any) -> Any:
         return lambda self, micro, total, rank, size: original(self, micro, total, 0, size)
 
-    _replace(_Layout, "__init__", make)
+    _replace(Layout, "__init__", make)
 
 
 def weights_stand_still() -> None:
