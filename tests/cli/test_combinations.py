@@ -55,7 +55,7 @@ CASES = [
          decoder_last_pipeline_num_layers=2),
     case("4 layers cannot be split over --pipeline_model_parallel_size 3", 3,
          pipeline_model_parallel_size=3, decoder_last_pipeline_num_layers=1),
-    case("need --pipeline_model_parallel_size above 1", decoder_first_pipeline_num_layers=2),
+    case("needs? --pipeline_model_parallel_size above 1", decoder_first_pipeline_num_layers=2),
     case("--decoder_last_pipeline_num_layers 0: must be at least 1", 2,
          pipeline_model_parallel_size=2, decoder_last_pipeline_num_layers=0),
     case("--global_batch_size 3 must be a multiple of --micro_batch_size 2 x 1",
