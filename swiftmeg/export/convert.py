@@ -84,7 +84,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     first = distributed.on_rank_zero()
     if first:
         print(describe(args, sources), flush=True)
-    megatron, models = build_model(args, model)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    megatron, models = build_model(args, model, target.parent)
     dims = dims_of(megatron)
     if args.to_mcore:
         load_hf(models, model.folder, model.family, model.config, dims)

@@ -14,6 +14,8 @@ from swiftmeg import platform, upstream
 from swiftmeg.args.parse import layout_attributes, megatron_namespace, model_flags
 from swiftmeg.checkpoint import folder_name, read_iteration
 from swiftmeg.errors import UserError
+from swiftmeg.export.backing import back_by_files
+from swiftmeg.export.streaming import StreamingSave
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel
 
@@ -34,10 +36,13 @@ _SHAPES = (
 """Arguments that decide which parameters a model has, and their shapes."""
 
 
-def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any]]:
+def build_model(
+    args: Any, model: HFModel, scratch: Path | None = None
+) -> tuple[argparse.Namespace, list[Any]]:
     """Build this rank's chunks of `model` with native layers; sets Megatron's globals.
 
     `args` needs torch_dtype, the tensor- and pipeline-parallel sizes and extra_megatron_kwargs.
+    Weights on the CPU, which have no values yet, go to files in the folder `scratch`.
     """
     namespace = conversion_namespace(args, model)
     if not mpu.model_parallel_is_initialized():
@@ -46,7 +51,10 @@ def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any
     config.finalize()
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return namespace, builder.build_distributed_models(groups, wrap_with_ddp=False)
+    models = builder.build_distributed_models(groups, wrap_with_ddp=False)
+    if scratch is not None:
+        back_by_files(models, scratch)
+    return namespace, models
 
 
 def conversion_namespace(args: Any, model: HFModel) -> argparse.Namespace:
@@ -148,4 +156,5 @@ def save_mcore(models: list[Any], folder: str | Path) -> None:
     from megatron.training import get_args
 
     get_args().save = str(folder)
-    checkpointing.save_checkpoint(1, models, None, None, 0)
+    context = {"save_strategy": StreamingSave()}
+    checkpointing.save_checkpoint(1, models, None, None, 0, checkpointing_context=context)
