@@ -93,6 +93,14 @@ def start(argv: list[str]) -> Any:
     return process, ours
 
 
+def wait_for_a_step(process: Any, save: Path) -> None:
+    """Until the run has made a step, or has ended: kills before that would prove little."""
+    log = save / "logging.jsonl"
+    before = log.stat().st_size if log.is_file() else 0
+    while process.is_alive() and (log.stat().st_size if log.is_file() else 0) == before:
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_run_killed_at_random_moments_ends_like_an_undisturbed_one(
     work: Path, tmp_path: Path, mode: str
@@ -110,7 +118,9 @@ def test_run_killed_at_random_moments_ends_like_an_undisturbed_one(
         save = tmp_path / f"killed-{campaign}"
         while True:
             process, pipe = start(flags(work, save, **changes))
-            process.join(chance.uniform(0.3, 3.5) if kills < KILLS else None)
+            if kills < KILLS:
+                wait_for_a_step(process, save)
+            process.join(chance.uniform(0, 0.8) if kills < KILLS else None)
             alive = process.is_alive()
             process.kill()
             process.join()
