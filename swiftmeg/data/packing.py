@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from swiftmeg.errors import UserError
@@ -63,13 +64,28 @@ class PackedDataset(Dataset[list[dict[str, Any]]]):
 
     def __init__(self, dataset: Any, max_length: int) -> None:
         self.dataset = dataset
-        lengths = [int(length) for length in dataset["length"]]
-        self.packs = pack(lengths, max_length)
-        self.fill = sum(lengths) / (max_length * len(self.packs)) if self.packs else 0.0
+        lengths = _lengths(dataset)
+        # Lists of lists would take ten times as much memory, in every rank.
+        rows, sizes = [np.empty(0, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+        for start in range(0, len(lengths), WINDOW):
+            packs = pack(lengths[start : start + WINDOW].tolist(), max_length)
+            rows.append(np.concatenate(packs).astype(np.int64) + start)
+            sizes.append(np.array([len(group) for group in packs]))
+        self._rows = np.concatenate(rows)
+        self._borders = np.concatenate(sizes).cumsum()
+        self.fill = float(lengths.sum()) / (max_length * len(self)) if len(self) else 0.0
         """The share of the packs' room that rows take up."""
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return len(self._borders) - 1
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.dataset[row] for row in self.packs[index]]
+        rows = self._rows[self._borders[index] : self._borders[index + 1]]
+        return [self.dataset[int(row)] for row in rows]
+
+
+def _lengths(dataset: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    if not len(dataset):
+        return np.empty(0, dtype=np.int64)
+    batches = dataset.select_columns(["length"]).with_format("numpy").iter(batch_size=100_000)
+    return np.concatenate([batch["length"].astype(np.int64) for batch in batches])

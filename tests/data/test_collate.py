@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 
 from swiftmeg.data.collate import Collator
 from swiftmeg.data.packing import WINDOW, PackedDataset, pack
@@ -130,21 +131,31 @@ def test_a_row_too_long_for_a_pack():
         pack([3, 11], 10)
 
 
-class Rows:
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __getitem__(self, key):
-        if key == "length":
-            return [len(row["input_ids"]) for row in self.rows]
-        return self.rows[key]
-
-
 def test_packed_rows_keep_their_borders():
-    packed = PackedDataset(Rows([row(1, 2, 3), row(4, 5), row(6, 7, 8), row(9, 10)]), 5)
+    rows = [row(1, 2, 3), row(4, 5), row(6, 7, 8), row(9, 10)]
+    dataset = Dataset.from_list([{**each, "length": len(each["input_ids"])} for each in rows])
+    packed = PackedDataset(dataset, 5)
     assert len(packed) == 2
     assert packed.fill == 1.0
     batch = Collator(PAD)([packed[0], packed[1]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 5, 8, 10]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]
+
+
+def test_packs_of_a_selection_hold_its_rows_in_its_order():
+    count = 3 * WINDOW
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [[number] * (number % 7 + 1) for number in range(count)],
+            "labels": [[number] * (number % 7 + 1) for number in range(count)],
+            "length": [number % 7 + 1 for number in range(count)],
+        }
+    ).select(range(count - 1, 0, -2))
+    packed = PackedDataset(dataset, 20)
+    lengths = [number % 7 + 1 for number in range(count - 1, 0, -2)]
+    expected = [[count - 1 - 2 * place for place in group] for group in pack(lengths, 20)]
+    assert len(packed) == len(expected)
+    for index in (0, 1, len(packed) // 2, len(packed) - 1):
+        assert [each["input_ids"][0] for each in packed[index]] == expected[index]
+    assert packed.fill == sum(lengths) / (20 * len(packed))
