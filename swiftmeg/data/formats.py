@@ -148,7 +148,7 @@ def _query_response(
     if isinstance(response, list):
         if not response:
             raise RowError("the response is empty")
-        response = chooser.choice(response)
+        response = _text(chooser.choice(response), "response")
     messages = []
     for query, answer in _history(row.get("history")):
         messages.append({"role": "user", "content": _text(query, "history")})

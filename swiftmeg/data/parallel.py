@@ -1,6 +1,7 @@
 """Map a function over chunks of work in processes, keeping order and a bounded backlog."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ _PR_SET_PDEATHSIG = 1
 def _start(work: Callable[..., object], parent: int) -> None:
     global _work
     _work = work
+    gc.freeze()  # collections need not look through all that was imported, nor copy its pages
     # Orphans would wait for work for ever, and hold the locks that their parent held.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -42,7 +44,11 @@ def map_chunks[Chunk, Result](
     that is killed raises BrokenProcessPool here instead of hanging; workers end with this process.
     """
     if num_proc <= 1:
-        yield from map(work, chunks)
+        gc.freeze()
+        try:
+            yield from map(work, chunks)
+        finally:
+            gc.unfreeze()
         return
     with ProcessPoolExecutor(
         num_proc,

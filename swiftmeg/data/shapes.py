@@ -7,13 +7,14 @@ around its own messages, or whose messages hold anything like markup, is for the
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from swiftmeg.data.turns import Message, Turn
 
-_MARKUP = re.compile(r"</?[\w|]|\[/?[A-Z]|\ue0f1")
-_MARKUP_SIGNS = ("<", "[", "\ue0f1")  # looked for first, as that is faster
+_PROBE_MARKS = ("\ue0f1", "\ue0f2")
+_QUOTED = re.compile(r"'([^'\n]*)'|\"([^\"\n]*)\"")
+_THINKING_AND_TOOLS = ("<think", "</think", "<tool", "</tool")
 _TEXT_KEYS = {"role", "content"}
 
 Find = Callable[[list[Message]], tuple[str, list[Turn]]]
@@ -28,10 +29,12 @@ class _Shape(NamedTuple):
 
 class Shapes:
     """Remembers where turns lie; `find` is the general way, for which all that it depends on but
-    the messages is fixed."""
+    the messages is fixed. `markup` are the strings that the template may look for in a text."""
 
-    def __init__(self, find: Find) -> None:
+    def __init__(self, find: Find, markup: Iterable[str] = ()) -> None:
         self._find = find
+        strings = {*_PROBE_MARKS, *_THINKING_AND_TOOLS, *markup}
+        self._markup = re.compile("|".join(sorted(map(re.escape, strings), key=len)))
         self._known: dict[tuple[str, ...], _Shape | None] = {}
 
     def turns(self, messages: Sequence[Message], text: str) -> list[Turn] | None:
@@ -39,7 +42,10 @@ class Shapes:
 
         Raises what `find` raises.
         """
-        if any(message.keys() != _TEXT_KEYS or _marked(message["content"]) for message in messages):
+        if any(
+            message.keys() != _TEXT_KEYS or self._markup.search(message["content"])
+            for message in messages
+        ):
             return None
         roles = tuple(message["role"] for message in messages)
         if roles not in self._known:
@@ -73,8 +79,10 @@ class Shapes:
         return _Shape(between, located)
 
 
-def _marked(text: str) -> bool:
-    return any(sign in text for sign in _MARKUP_SIGNS) and _MARKUP.search(text) is not None
+def quoted_markup(jinja: str) -> set[str]:
+    """The strings that stand in quotes in a template and are more than a word or white space."""
+    found = {(a or b).replace("\\n", " ").strip() for a, b in _QUOTED.findall(jinja)}
+    return {text for text in found if len(text) > 1 and not text.isalnum()}
 
 
 def _joined(between: list[str], texts: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from swiftmeg.data.chat_templates import GENERATION, ChatTemplate, find_chat_template
 from swiftmeg.data.rows import Row, RowError, RowTooLong
-from swiftmeg.data.shapes import Shapes
+from swiftmeg.data.shapes import Shapes, quoted_markup
 from swiftmeg.data.span_tokenizer import SpanTokenizer
 from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.data.turns import Message, Turn, assistant_turns
@@ -72,7 +72,8 @@ class Template:
             self.system = self.chat.system
         self._tokens = SpanTokenizer(tokenizer)
         self._end_tokens = _end_tokens(tokenizer)
-        self._shapes = Shapes(lambda messages: self._turns(messages, None))
+        markup = {*self._end_tokens, *(quoted_markup(self.chat.jinja) if self.chat else ())}
+        self._shapes = Shapes(lambda messages: self._turns(messages, None), markup)
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the outcome of `encode`, as JSON-able values."""

@@ -82,6 +82,7 @@ DAMAGE = {
     line(chat([{"type": "image"}])): "content of other kinds than text is not supported",
     line({"query": ["q"], "response": "x"}): "query is not text",
     line({"text": {"deep": [1]}}): "response is not text",
+    line({"query": "q", "response": [None]}): "response is not text",
     line({"text": "\ud800"}): "response holds half of a surrogate pair",
     line({"query": "q", "response": "x", "history": 5}): "history is not a list of pairs",
     line({"query": "q", "response": "x", "history": [["a"]]}): "history is not a list of pairs",
