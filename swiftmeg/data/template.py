@@ -23,6 +23,7 @@ LOSS_SCALES = (
     "ignore_empty_think",
     "last_round_with_ignore_empty_think",
 )
+WEIGHTED_LOSS_SCALES = ("react", "hermes", "qwen", "agentflan", "alpha_umi")
 TRUNCATION_STRATEGIES = ("delete", "left", "right")
 
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
@@ -53,6 +54,12 @@ class Template:
         use_chat_template: bool = True,
         response_prefix: str | None = None,
     ) -> None:
+        if loss_scale in WEIGHTED_LOSS_SCALES:
+            raise UserError(
+                f"--loss_scale {loss_scale}: weighs some tokens of tool calls more than others, "
+                "which is not supported: use default, which trains all of them alike, or "
+                "last_round"
+            )
         _check_choice("--loss_scale", loss_scale, LOSS_SCALES)
         _check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         if max_length is not None and max_length < 2:

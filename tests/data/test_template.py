@@ -1,6 +1,7 @@
 """Ids and masks against the tokenizer's own rendering of the conversation's prefixes."""
 
 import itertools
+import json
 import random
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from swiftmeg.data.rows import RowError, RowTooLong
 from swiftmeg.data.span_tokenizer import SpanTokenizer
 from swiftmeg.data.template import Template
+from swiftmeg.data.tools import to_chat
 from swiftmeg.errors import UserError
 
 CONTENTS = [
@@ -377,11 +379,55 @@ def test_tools_reach_the_template(make_tokenizer, templates):
         Template(tokenizer).encode({**row, "tools": "look"})
 
 
+TOOLED = (  # as Qwen's: schemas in the system turn, calls and results in tags
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}{% if m.role == 'tool' %}"
+    "<|im_start|>user\n<tool_response>{{ m.content }}</tool_response><|im_end|>\n"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_ids_and_mask_with_tool_calls_equal_those_of_prefixes(make_tokenizer, turns, system):
+    """A turn may be text, one call, several, or text with a call; empty and of any script."""
+    tokenizer = make_tokenizer(TOOLED)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    call = {"role": "tool_call", "content": '{"name": "look", "arguments": {"at": "天空 🙂"}}'}
+    result = {"role": "tool_response", "content": "blau, été"}
+    says = {"role": "assistant", "content": "Let me see."}
+    kinds = [[call, result], [call, call, result, result], [says, call, result], []]
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, content in zip(range(turns), itertools.cycle(CONTENTS)):
+        messages.append({"role": "user", "content": content})
+        messages += kinds[number % len(kinds)]
+        messages.append({"role": "assistant", "content": content})
+    encoded = Template(tokenizer).encode({"messages": messages, "tools": json.dumps(tools)})
+
+    def ids(messages, prompt=False):
+        return tokenizer.apply_chat_template(messages, tools, add_generation_prompt=prompt)[
+            "input_ids"
+        ]
+
+    chat = to_chat(messages)
+    whole, trained = ids(chat), set()
+    for k, message in enumerate(chat):
+        if message["role"] == "assistant":
+            prompt, so_far = ids(chat[:k], True), ids(chat[: k + 1])
+            assert whole[: len(so_far)] == so_far
+            trained |= set(range(len(prompt), len(so_far) - 1))  # the line break is not
+    assert encoded["input_ids"] == whole
+    assert {place for place, label in enumerate(encoded["labels"]) if label != -100} == trained
+
+
 # Named templates.
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen", "qwen2_5", "llama3"])
-@pytest.mark.parametrize("turns", [1, 3])
+@pytest.mark.parametrize("turns", [1, 2, 3, 4, 5])
 def test_named_templates(make_tokenizer, name, turns):
     from swiftmeg.data.chat_templates import CHAT_TEMPLATES
 
@@ -438,10 +484,7 @@ def test_a_template_file(make_tokenizer, templates, tmp_path):
         ({"name": "chatmi"}, "--template chatmi: unknown; accepted: chatml, .*generation"),
         ({"name": "gemma"}, "--template gemma: .* no token <start_of_turn> <end_of_turn>: add"),
         ({"name": "no.jinja"}, "--template no.jinja: cannot be read"),
-        (
-            {"loss_scale": "react"},
-            "--loss_scale react: unknown; accepted: default, last_round, all",
-        ),
+        ({"loss_scale": "al"}, "--loss_scale al: unknown; accepted: default, last_round, all"),
         ({"truncation_strategy": "split"}, "--truncation_strategy split: .*delete, left, right"),
         ({"max_length": 1}, "--max_length 1: must be at least 2"),
     ],
@@ -524,3 +567,9 @@ def test_places_told_from_lengths_are_those_that_are_reported(make_tokenizer, ki
             quick._by_bytes(text, [(start, end)], quick._bytes)
         )
     assert (used > 200) == (kind == "byte_level")
+
+
+@pytest.mark.parametrize("name", ["react", "hermes", "qwen", "agentflan", "alpha_umi"])
+def test_weights_of_tokens_are_refused_by_name(make_tokenizer, templates, name):
+    with pytest.raises(UserError, match=f"--loss_scale {name}: weighs some tokens .* use default"):
+        Template(make_tokenizer(templates.chatml), loss_scale=name)

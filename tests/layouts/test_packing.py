@@ -1,0 +1,80 @@
+"""Each token's loss is the same packed with other samples, padded beside them, and alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swiftmeg.data.collate import Collator
+from tests.ranks import run_ranks
+from tests.tiny import save_model
+
+LENGTHS = [1, 7, 9, 698, 1024]
+"""Awkward ones, and max_length."""
+
+
+def token_losses(folder: str, batches: list[tuple[str, list[list[int]]]]) -> list[list[Any]]:
+    """For each named batch of rows of tokens, collated that way, each row's losses as arrays."""
+    from swiftmeg.args.commands import ExportArguments
+    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.model import build_model
+    from swiftmeg.models.build import dims_of
+    from swiftmeg.models.hf import read_model
+    from swiftmeg.trainers.log import TokenCounter
+    from swiftmeg.trainers.sft import make_forward_step
+
+    model = read_model(folder)
+    namespace, models = build_model(ExportArguments(torch_dtype="float32"), model)
+    load_hf(models, model.folder, model.family, model.config, dims_of(namespace))
+    models[0].eval()  # Megatron's own default has dropout
+    step = make_forward_step(TokenCounter())
+    found = []
+    for kind, rows in batches:
+        collate = Collator(0, padding_free=kind != "padded")
+        samples: list[Any] = [{"input_ids": row, "labels": row} for row in rows]
+        batch = collate([samples] if kind == "packed" else samples)
+        with torch.no_grad():
+            losses, _ = step(iter([batch]), models[0])
+        if kind == "padded":
+            each = [row[: len(tokens)] for row, tokens in zip(losses, rows, strict=True)]
+        else:
+            each = list(losses[0, : sum(map(len, rows))].split([len(row) for row in rows]))
+        found.append([row[:-1].numpy() for row in each])
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packing") / "model"
+    save_model(folder, "qwen3", num_hidden_layers=2, max_position_embeddings=2048)
+    return folder
+
+
+def test_losses_of_tokens_do_not_depend_on_neighbours(model: Path) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randint(3, 60, (length,)).tolist() for length in LENGTHS]
+    other = rows[::-1]
+    batches = [
+        *(("alone", [row]) for row in rows if len(row) > 1),
+        ("packed", rows),
+        ("packed", other),
+        ("flat", rows),
+        ("padded", rows),
+    ]
+    (found,) = run_ranks(1, token_losses, str(model), batches)
+    alone = [[], *(losses[0] for losses in found[:-4])]
+    in_order = {
+        "packed": found[-4],
+        "packed the other way round": found[-3][::-1],
+        "flat": found[-2],
+        "padded": found[-1],
+    }
+    for kind, losses in in_order.items():
+        for length, row, expected in zip(LENGTHS, losses, alone, strict=True):
+            assert len(row) == len(expected) == length - 1, kind
+            if length > 1:
+                # Products of other shapes round otherwise.
+                allowed = 1e-6 * (abs(expected).max() if kind == "padded" else 1)
+                assert abs(row - expected).max() <= allowed, (kind, length)
+    assert torch.tensor(alone[-1]).std() > 0.01, "every loss is the same"
