@@ -29,7 +29,9 @@ def real(folder: Path, layout: list[str]) -> dict[str, int]:
     from swiftmeg.export.model import build_model
 
     words = ["--model", str(folder), "--to_mcore", "true", *layout]
-    args, _, model = read_command(ExportArguments, words, "swift export", "mcore_model")
+    args, _, model = read_command(
+        ExportArguments, words, "swift export", "mcore_model", "mcore_adapters"
+    )
     args.torch_dtype = "float32"
     _, models = build_model(args, model)
     return {name: each.numel() for chunk in models for name, each in chunk.named_parameters()}
