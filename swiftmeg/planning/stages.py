@@ -5,22 +5,15 @@ equal size, so one rank of each pipeline stage stands for all.
 """
 
 import argparse
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import mpu, tensor_parallel
-from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.models.dist_utils import build_virtual_pipeline_stages
-from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from megatron.core import mpu
 
-from swiftmeg import upstream
-from swiftmeg.models.build import model_config
 from swiftmeg.models.layers import moe_layers
+from swiftmeg.models.virtual import build_chunks, describe, seat
 
 Hook = Callable[[list[Any]], list[Any]]
 
@@ -75,14 +68,13 @@ def build_stages(
 
     `megatron` is a validated namespace of native layers. Leaves no process group behind.
     """
-    config = model_config(megatron, hf_config)
-    config.transformer.perform_initialization = False
-    config.finalize()
+    config = describe(megatron, hf_config)
+    ranks = megatron.world_size // megatron.pipeline_model_parallel_size
     stages = []
     for number in range(megatron.pipeline_model_parallel_size):
-        with _as_rank_of_stage(megatron, number), _OnMeta():
-            stages.append(_build(config))
-    with _as_rank_of_stage(megatron, 0):
+        with seat(megatron, number * ranks) as groups:
+            stages.append(build_chunks(config, groups))
+    with seat(megatron, 0):
         models = [model for stage in stages for model in stage]
         for hook in hooks or []:
             hook(models)
@@ -91,17 +83,6 @@ def build_stages(
             Stage(number, tuple(_chunk(model, kinds) for model in stage))
             for number, stage in enumerate(stages)
         ]
-
-
-def _build(config: Any) -> list[Any]:
-    """The chunks of this rank."""
-    chunks: list[Any] = build_virtual_pipeline_stages(
-        config.get_builder_cls()(config).build_model,
-        ProcessGroupCollection.use_mpu_process_groups(),
-        config.transformer.virtual_pipeline_model_parallel_size,
-        ModelType.encoder_or_decoder,
-    )
-    return chunks
 
 
 def _chunk(model: Any, kinds: list[bool]) -> Chunk:
@@ -128,49 +109,3 @@ def _weight(name: str, parameter: torch.nn.Parameter) -> Weight:
     if expert:
         copies *= mpu.get_expert_model_parallel_world_size()
     return Weight(name, parameter.numel(), copies, expert, parameter.requires_grad)
-
-
-@contextlib.contextmanager
-def _as_rank_of_stage(args: argparse.Namespace, number: int) -> Iterator[None]:
-    """Be the first rank of pipeline stage `number`, in groups that do not communicate."""
-    world = args.world_size
-    rank = number * (world // args.pipeline_model_parallel_size)
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        with upstream.only_own_groups():
-            mpu.initialize_model_parallel(
-                args.tensor_model_parallel_size,
-                args.pipeline_model_parallel_size,
-                args.virtual_pipeline_model_parallel_size,
-                context_parallel_size=args.context_parallel_size,
-                expert_model_parallel_size=args.expert_model_parallel_size,
-                expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-                create_gloo_process_groups=False,
-            )
-        tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
-        yield
-    finally:
-        mpu.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-
-
-_FACTORIES = frozenset(
-    getattr(torch, name)
-    for name in (
-        "empty", "zeros", "ones", "full", "rand", "randn", "randint", "randperm", "tensor",
-        "as_tensor", "arange", "linspace", "eye", "empty_like", "zeros_like", "ones_like",
-        "full_like",
-    )
-)  # fmt: skip
-
-
-class _OnMeta(TorchFunctionMode):
-    """Every new tensor is one of the meta device, whatever device the code names."""
-
-    def __torch_function__(
-        self, func: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _FACTORIES:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)

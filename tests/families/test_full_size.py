@@ -67,7 +67,7 @@ def survey(folder: str, layout: Layout, first: int | None, last: int | None) -> 
     from swiftmeg.export.save import hf_tensors_of
     from swiftmeg.export.shards import live_weights
     from swiftmeg.models.build import dims_of
-    from swiftmeg.models.virtual import build_chunks, seat
+    from swiftmeg.models.virtual import build_chunks, describe, seat
 
     model = read_model(folder)
     object.__setattr__(model, "mtp_num_layers", 0)
@@ -78,10 +78,11 @@ def survey(folder: str, layout: Layout, first: int | None, last: int | None) -> 
     plan = {row.mcore: row for row in model.family.plan(model.config)}
     made: Shapes = {}
     holders: dict[str, set[tuple[int, int]]] = defaultdict(set)
+    config = describe(namespace, model.hf_config)
     for rank in range(layout.world):
         with seat(namespace, rank) as groups:
             seen = set()
-            for live in live_weights(build_chunks(namespace, model.hf_config, groups)):
+            for live in live_weights(build_chunks(config, groups)):
                 assert live.name not in seen, f"{live.name} twice on rank {rank}"
                 seen.add(live.name)
                 holders[live.name].add(live.place if live.axis is not None else (0, 1))
