@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import torch
+
 PRELOAD = [
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
@@ -20,9 +22,12 @@ PRELOAD = [
 
 
 def fork_context() -> Any:
-    """The server that forks processes, with what takes long to import already there."""
+    """The server that forks processes, with what takes long to import already there.
+
+    With a GPU every process starts afresh: the imports touch CUDA, which does not survive a fork.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context
 
