@@ -56,8 +56,8 @@ class OverrideArguments:
     max_position_embeddings: int | None = None
     """Longest input. None: as in config.json; raised to the sequence length where that is more."""
     mtp_num_layers: int | None = None
-    """0: leave the multi-token prediction modules of --model out. None: refuse a model that has
-    some; they are not trained yet."""
+    """Multi-token prediction modules to train and convert; 0: leave those of --model out. None:
+    refuse a model that has some."""
 
 
 @dataclass
@@ -134,11 +134,6 @@ def _with_predictions(model: HFModel, count: int | None, changes: dict[str, Any]
         raise UserError(
             f"--mtp_num_layers {count}: {model.family.architecture} has no multi-token prediction "
             "modules: drop it"
-        )
-    if count:
-        raise UserError(
-            f"--mtp_num_layers {count}: multi-token prediction modules are neither trained nor "
-            "converted yet: pass 0 to leave them out"
         )
     if model.config.get("num_nextn_predict_layers", count) != count:
         changes["num_nextn_predict_layers"] = count

@@ -159,9 +159,10 @@ def _without_predictions(
     if not predictions or config.get("mtp_num_layers"):
         return found
     if config.get("mtp_num_layers") is None:
+        count = config.get("num_nextn_predict_layers") or 1
         raise UserError(
             f"{weights.folder}: {len(predictions)} tensors are of multi-token prediction modules "
-            f"({listed(predictions)}), which are not trained yet: pass --mtp_num_layers 0 to leave "
-            "them out"
+            f"({listed(predictions)}): pass --mtp_num_layers {count} to keep them, or "
+            "--mtp_num_layers 0 to leave them out"
         )
     return found - predictions
