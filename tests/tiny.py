@@ -8,7 +8,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Glm4Config,
     LlamaConfig,
+    Olmo2Config,
+    OlmoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -38,6 +41,9 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "qwen2_moe": Qwen2MoeConfig,
     "deepseek_v3": DeepseekV3Config,
+    "glm4": Glm4Config,
+    "olmo2": Olmo2Config,
+    "olmoe": OlmoeConfig,
 }
 
 
@@ -50,7 +56,7 @@ def save_model(
 ) -> Path:
     """Write a randomised model of `family` with its tokenizer; `sizes` override SIZES."""
     settings = SIZES | sizes
-    if family in ("qwen2", "qwen2_moe", "deepseek_v3"):
+    if family in ("qwen2", "qwen2_moe", "deepseek_v3", "olmo2", "olmoe"):
         settings.pop("head_dim")
     config = CONFIGS[family](**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(7)

@@ -110,5 +110,6 @@ def layout_attributes(
         "layer_backend": backend,
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "distributed_backend": platform.backend(),
-        **{name: bool(megatron_args.get(name)) for name in MODEL_SWITCHES},
+        **MODEL_SWITCHES,
+        **{name: value for name, value in megatron_args.items() if name in MODEL_SWITCHES},
     }

@@ -3,7 +3,7 @@
 Every function raises UserError, naming the key, for what the layers cannot express.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from swiftmeg.errors import UserError
@@ -18,6 +18,12 @@ class LayerSwitches:
     """A bias on the projection after attention."""
     mlp_bias: bool = False
     """Biases in the dense MLP."""
+    norm_before: bool = True
+    """Norms of what enters attention and MLP."""
+    norm_after: bool = False
+    """Norms of what attention and MLP add to the residual stream."""
+    qk_norm_across_heads: bool = False
+    """The norms of queries and keys (`qk_layernorm`) span all heads, not each by itself."""
     router_softmax_bias: bool = False
     """The expert bias is added to softmax scores."""
     router_best_of_group: bool = False
@@ -29,8 +35,8 @@ class LayerSwitches:
         return cls(**{each.name: getattr(args, each.name) for each in fields(cls)})
 
 
-MODEL_SWITCHES = tuple(each.name for each in fields(LayerSwitches))
-"""Names of the switches, which are attributes of Megatron's namespace, not arguments."""
+MODEL_SWITCHES = asdict(LayerSwitches())
+"""The switches and their defaults; they are attributes of Megatron's namespace, not arguments."""
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 """Scalings of RoPE that are supported."""

@@ -144,6 +144,8 @@ class Family:
 
 
 _OPTIONAL: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    (r".*\.(input|pre_mlp)_layernorm\.weight", lambda a: a.get("norm_before", True)),
+    (r".*\.post_(self_attn|mlp)_layernorm\.weight", lambda a: a.get("norm_after")),
     (r"output_layer\.weight", lambda a: a["untie_embeddings_and_output_weights"]),
     (r".*linear_qkv\.weight", lambda a: not a.get("multi_latent_attention")),
     (r".*linear_qkv\.bias", lambda a: a.get("add_qkv_bias")),

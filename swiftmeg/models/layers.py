@@ -36,6 +36,7 @@ from swiftmeg.models.choice import choice_of
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
 from swiftmeg.models.native import NativeSpecProvider
+from swiftmeg.models.norms import NormAcrossHeads, NormAfterLayer
 
 
 def choose_backend(transformer_impl: str | None) -> str:
@@ -156,7 +157,7 @@ def _layer_spec(
     *,
     experts: bool,
 ) -> ModuleSpec:
-    """One decoder layer: pre-norm attention, then a gated MLP or experts.
+    """One decoder layer: attention, then a gated MLP or experts, with norms before or after them.
 
     Checkpoints of both backends are interchangeable: where norms stand alone that
     TransformerEngine fuses into the linear layer behind them, they are stored under the names of
@@ -164,14 +165,18 @@ def _layer_spec(
     """
     fused = provider.fuse_layernorm_and_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
+    if not switches.norm_before:
+        norm = IdentityOp
     latent = config.multi_latent_attention
     fused_norms = {}
     if not latent:
         fused_norms["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     if not experts:
         fused_norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    after = provider.layer_norm(rms_norm=True, has_residual=False)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=NormAfterLayer if switches.norm_after else TransformerLayer,
+        params={"norm": after} if switches.norm_after else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused and not latent else norm,
             self_attention=_attention(config, provider, switches),
@@ -196,8 +201,8 @@ def _attention(
             params=params,
             submodules=latent_attention_submodules(provider, row),
         )
-    fused = provider.column_parallel_layer_norm_linear()
-    qk_norm = provider.layer_norm(rms_norm=True, for_qk=True) if config.qk_layernorm else IdentityOp
+    fused = provider.column_parallel_layer_norm_linear() if switches.norm_before else None
+    q_norm, k_norm = _qk_norms(config, provider, switches)
     return ModuleSpec(
         module=SelfAttention,
         params=params,
@@ -205,16 +210,31 @@ def _attention(
             linear_qkv=fused or provider.column_parallel_linear(),
             core_attention=provider.core_attention(),
             linear_proj=row,
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
         ),
     )
 
 
+def _qk_norms(
+    config: TransformerConfig, provider: BackendSpecProvider, switches: LayerSwitches
+) -> tuple[Any, Any]:
+    """The norms of queries and of keys."""
+    if not config.qk_layernorm:
+        return IdentityOp, IdentityOp
+    if switches.qk_norm_across_heads:
+        heads, groups = config.num_attention_heads, config.num_query_groups
+        return partial(NormAcrossHeads, heads=heads), partial(NormAcrossHeads, heads=groups)
+    norm = provider.layer_norm(rms_norm=True, for_qk=True)
+    return norm, norm
+
+
 def _mlp(provider: BackendSpecProvider, switches: LayerSwitches) -> Any:
     mlp = get_mlp_module_spec_for_backend(provider)
+    submodules = mlp.keywords["submodules"]
+    if not switches.norm_before:
+        submodules.linear_fc1 = provider.column_parallel_linear()
     if switches.mlp_bias:
-        submodules = mlp.keywords["submodules"]
         submodules.linear_fc1 = _biased(submodules.linear_fc1)
         submodules.linear_fc2 = _biased(submodules.linear_fc2)
     return mlp

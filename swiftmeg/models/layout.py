@@ -77,11 +77,14 @@ class Stacked(Layout):
     def shard(self, whole: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
         if axis is None or size == 1:
             return whole
-        return self.join_shard(whole.chunk(self.parts), None, axis, rank, size)
+        return self._cut(whole.chunk(self.parts), axis, rank, size)
 
     def join_shard(
-        self, parts: Sequence[Tensor], dims: Dims | None, axis: int | None, rank: int, size: int
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
     ) -> Tensor:
+        return self._cut(parts, axis, rank, size)
+
+    def _cut(self, parts: Sequence[Tensor], axis: int | None, rank: int, size: int) -> Tensor:
         return torch.cat([super(Stacked, self).shard(part, axis, rank, size) for part in parts])
 
     def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
@@ -89,6 +92,22 @@ class Stacked(Layout):
             return shards[0]
         columns = zip(*(shard.chunk(self.parts) for shard in shards), strict=True)
         return torch.cat([torch.cat(column, dim=axis) for column in columns])
+
+
+class StackedTogether(Stacked):
+    """The same parts in one HF tensor, one after the other."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        (whole,) = parts
+        return whole
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [whole]
+
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        return self.shard(parts[0], axis, rank, size)
 
 
 class InterleavedQKV(Layout):
@@ -147,6 +166,7 @@ class OneRow(Layout):
 
 COPY = Layout()
 GATE_UP = Stacked(2)
+GATE_UP_TOGETHER = StackedTogether(2)
 QKV = InterleavedQKV()
 VOCABULARY = Vocabulary()
 SWAPPED_HALVES = SwappedHalves()

@@ -13,6 +13,10 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from torch import Tensor
 
+NORM_EPSILON = 1e-6
+"""Of the norms of compressed queries and keys, in DeepSeek's code and in transformers': whatever
+config.json says for the others."""
+
 
 def latent_attention_submodules(
     provider: BackendSpecProvider, linear_proj: Any
@@ -107,7 +111,7 @@ class LatentAttention(MLASelfAttention):
         return self._linear(kind, inputs, outputs, gather_output=False, tp_group=self.tp_group)
 
     def _norm(self, kind: Any, size: int) -> torch.nn.Module:
-        return kind(config=self.config, hidden_size=size, eps=self.config.layernorm_epsilon)
+        return kind(config=self.config, hidden_size=size, eps=NORM_EPSILON)
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Compressed queries, and compressed keys and values with the keys' positional part."""

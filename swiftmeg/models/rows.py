@@ -56,6 +56,13 @@ DENSE_ROWS = (
 """The Llama-like decoders that transformers writes."""
 
 
+NORM_AFTER_ROWS = (
+    row(LAYER + "post_self_attn_layernorm.weight", HF_LAYER + "post_self_attn_layernorm.weight"),
+    row(LAYER + "post_mlp_layernorm.weight", HF_LAYER + "post_mlp_layernorm.weight"),
+)
+"""Norms of what attention and MLP add to the residual stream, under GLM's names."""
+
+
 def expert_rows(
     gate: str, up: str, down: str, hf: str = HF_MLP + "experts.{e}."
 ) -> tuple[Row, ...]:

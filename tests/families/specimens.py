@@ -284,6 +284,34 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
             experts=True,
         ),
     },
+    "GlmForCausalLM": {
+        "glm": Specimen("GlmConfig", {"head_dim": 12, "pad_token_id": 0}),
+    },
+    "Glm4ForCausalLM": {
+        "glm4": Specimen("Glm4Config", {"head_dim": 12, "pad_token_id": 0}),
+    },
+    "Glm4MoeLiteForCausalLM": {
+        "glm4_moe_lite": Specimen(
+            "Glm4MoeLiteConfig",
+            {k: v for k, v in _V3.items() if k != "first_k_dense_replace"}
+            | {
+                "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
+                "rms_norm_eps": 1e-2,  # not that of the latent norms
+            },
+            experts=True,
+        ),
+    },
+    "Olmo2ForCausalLM": {"olmo2": Specimen("Olmo2Config", {"attention_bias": True})},
+    "OlmoeForCausalLM": {
+        "olmoe": Specimen("OlmoeConfig", {"num_experts": 6, "num_experts_per_tok": 2}, experts=True)
+    },
+    "MiniMaxM2ForCausalLM": {
+        "minimax_m2": Specimen(
+            "MiniMaxM2Config",
+            HEADS | {"num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 6},
+            experts=True,
+        ),
+    },
 }
 """Architecture -> its specimens by name."""
 

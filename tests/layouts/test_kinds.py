@@ -1,0 +1,105 @@
+"""First steps of models with less common layers: gradients are those of transformers everywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.layouts.test_training import (
+    load_folder,
+    relative,
+    rows,
+    train_steps,
+    transformers_loss,
+)
+from tests.tiny import save_model
+
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+MODELS: dict[str, dict[str, Any]] = {
+    "glm4": {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "olmo2": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2} | EXPERTS,
+}
+"""Norms before and after; across heads, fewer key heads than ranks; across heads with experts."""
+
+TENSOR = {"tensor_model_parallel_size": 2}
+SEQUENCE = TENSOR | {"sequence_parallel": "true"}
+CONTEXT = {"context_parallel_size": 2}
+PADDED = {"padding_free": "false", "micro_batch_size": 4}
+LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
+    ("glm4", "padded"): (1, PADDED),
+    ("glm4", "tp2-sp"): (2, SEQUENCE),
+    ("olmo2", "packed"): (1, {}),
+    ("olmo2", "tp2"): (2, TENSOR),
+    ("olmo2", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
+    ("olmoe", "tp2-sp"): (2, SEQUENCE | {"expert_tensor_parallel_size": 1}),
+}
+RATE = 64.0
+ONE_STEP = {
+    "optimizer": "sgd",
+    "sgd_momentum": 0,
+    "lr": RATE,
+    "min_lr": RATE,
+    "lr_decay_style": "constant",
+    "weight_decay": 0,
+    "clip_grad": 0,
+    "use_distributed_optimizer": "false",
+    "train_iters": 1,
+    "global_batch_size": 20,
+    "save_safetensors": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kinds")
+    for name, sizes in MODELS.items():
+        save_model(folder / name, name, **{"num_hidden_layers": 2} | sizes)
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+    return folder
+
+
+def published(fused: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Gradients of stacked experts as those of the tensors that are published."""
+    found: dict[str, torch.Tensor] = {}
+    for name, gradient in fused.items():
+        prefix, _, last = name.rpartition(".")
+        for expert, both in enumerate(gradient if prefix.endswith("experts") else ()):
+            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            for part, piece in zip(names, both.chunk(len(names)), strict=True):
+                found[f"{prefix}.{expert}.{part}.weight"] = piece
+        if not prefix.endswith("experts"):
+            found[name] = gradient
+    return found
+
+
+_references: dict[str, tuple[float, dict[str, torch.Tensor]]] = {}
+
+
+def reference(work: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """transformers' loss and gradients."""
+    if name not in _references:
+        model = AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32)
+        loss = transformers_loss(model, work / name)
+        loss.backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        _references[name] = loss.item(), published(gradients)
+    return _references[name]
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) -> None:
+    world, flags = LAYOUTS[name, layout]
+    (line,) = train_steps(work, name, layout, world, ONE_STEP | flags)
+    loss, expected = reference(work, name)
+    assert relative(line["lm loss"], loss) <= 1e-5
+    before = load_folder(work / name)
+    after = load_folder(work / f"{name}-{layout}" / "iter_0000001-hf")
+    assert before.keys() == after.keys() == expected.keys()
+    for key, gradient in expected.items():
+        found = (before[key] - after[key]) / RATE
+        assert gradient.norm() > 0, key
+        assert (found - gradient).norm() <= 2e-5 * gradient.norm(), key
