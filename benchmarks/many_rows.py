@@ -3,8 +3,8 @@
     python benchmarks/many_rows.py --tokenizer DIR --rows 10000000 [--processes 8] [--packing]
 
 Writes the rows, reads, tokenises, shuffles and packs them as training does, and draws micro-batches
-for 1,000 steps. Prints the resident memory over that of the imports (anonymous memory: pages of
-mapped files are the kernel's to drop).
+for 1,000 steps. Prints this process's resident memory over that of the imports: all of it, and
+anonymous memory, pages of mapped files and shared memory apart.
 """
 
 import argparse
@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
+KINDS = ("RssAnon", "RssFile", "RssShmem")
 
-def anonymous() -> float:
-    """MiB of this process's anonymous memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError("no RssAnon in /proc/self/status")
+
+def resident() -> list[float]:
+    """MiB of this process's resident memory of each of `KINDS`."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return [int(status[kind].split()[0]) / 1024 for kind in KINDS]
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     template = Template(tokenizer, max_length=2048)
-    imports = anonymous()
+    imports = resident()
     with tempfile.TemporaryDirectory() as work:
         os.environ["SWIFTMEG_CACHE"] = f"{work}/cache"
         with Path(work, "rows.jsonl").open("w") as out:
@@ -52,7 +52,9 @@ def main() -> None:
 
         def say(what: str) -> None:
             passed = time.perf_counter() - start
-            print(f"{what:28} {anonymous() - imports:8.0f} MiB  {passed:7.0f} s", flush=True)
+            over = [now - before for now, before in zip(resident(), imports, strict=True)]
+            kinds = ", ".join(f"{kind} {size:.0f}" for kind, size in zip(KINDS, over, strict=True))
+            print(f"{what:10} {sum(over):6.0f} MiB ({kinds})  {passed:6.0f} s", flush=True)
 
         rows, _ = load_rows([f"{work}/rows.jsonl"], dataset_num_proc=args.processes)
         say("rows read")

@@ -31,13 +31,13 @@ def main(argv: list[str]) -> None:
 
 def _prepare(args: Any, model: Any, picture: Path) -> None:
     # After the flags have been checked: these take seconds to import.
-    from swiftmeg.data.inspection import counts, draw_lengths, marked_text, report
+    from swiftmeg.data.inspection import draw_lengths, marked_text, report
     from swiftmeg.trainers.data import prepare_data
 
     packing, args.packing, args.lazy_tokenize = args.packing, False, False
     args.train_iters, args.max_epochs = 1, None
     data = prepare_data(args, model)
-    lengths, trained = counts(data.train)
+    lengths, trained = data.train.lengths(), data.train.trained()
     if args.inspect:
         tokenizer = model.tokenizer()
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -3,11 +3,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from swiftmeg.data.template import IGNORE
 from swiftmeg.errors import UserError
+
+Sample = tuple[Sequence[int], Sequence[int]]
 
 
 class Collator:
@@ -64,52 +67,48 @@ class Collator:
             "num_samples": torch.tensor(len(samples)),
         }
 
-    def _flat(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _flat(self, samples: list[Sample]) -> dict[str, Tensor]:
         real = [len(ids) for ids, _ in samples]
-        samples = [self._whole_chunks(ids, labels) for ids, labels in samples]
-        lengths = [len(ids) for ids, _ in samples]
-        padding = self._padded_length(sum(lengths)) - sum(lengths)
+        lengths = [-(-length // self.segment_multiple) * self.segment_multiple for length in real]
+        total = sum(lengths)
+        padding = self._padded_length(total) - total
+        borders = np.cumsum([0, *lengths])
         if padding:
-            samples = [*samples, self._filling(padding)]
             lengths.append(padding)
-            real.append(0)
-        numbers = [
-            (torch.arange(length) < inside) * number
-            for number, (inside, length) in enumerate(zip(real, lengths, strict=True), 1)
-        ]
-        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        input_ids = np.full(total + padding, self.pad_token_id)
+        labels = np.full(total + padding, IGNORE)
+        numbers = np.zeros(total + padding, dtype=np.int64)
+        for number, (start, (ids, targets)) in enumerate(zip(borders, samples, strict=False), 1):
+            end = start + len(ids)
+            input_ids[start:end] = ids
+            labels[start : end - 1] = targets[1:]
+            numbers[start:end] = number
+        starts = np.cumsum(lengths) - lengths
+        positions = np.arange(total + padding) - np.repeat(starts, lengths)
         return {
-            "input_ids": torch.cat([ids for ids, _ in samples])[None],
-            "labels": torch.cat([labels for _, labels in samples])[None],
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "samples": torch.cat(numbers)[None],
-            "cu_seqlens": borders,
+            "input_ids": torch.from_numpy(input_ids)[None],
+            "labels": torch.from_numpy(labels)[None],
+            "position_ids": torch.from_numpy(positions)[None],
+            "samples": torch.from_numpy(numbers)[None],
+            "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
             "max_seqlen": torch.tensor(max(lengths), dtype=torch.int32),
         }
 
-    def _whole_chunks(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Pad one sample to `segment_multiple`."""
-        missing = -len(ids) % self.segment_multiple
-        if not missing:
-            return ids, labels
-        more_ids, more_labels = self._filling(missing)
-        return torch.cat([ids, more_ids]), torch.cat([labels, more_labels])
-
-    def _padded(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _padded(self, samples: list[Sample]) -> dict[str, Tensor]:
         width = self._padded_length(max(len(ids) for ids, _ in samples))
-        input_ids = torch.full((len(samples), width), self.pad_token_id)
-        labels = torch.full((len(samples), width), IGNORE)
-        numbers = torch.zeros((len(samples), width), dtype=torch.int64)
+        input_ids = np.full((len(samples), width), self.pad_token_id)
+        labels = np.full((len(samples), width), IGNORE)
+        numbers = np.zeros((len(samples), width), dtype=np.int64)
         for index, (ids, targets) in enumerate(samples):
             input_ids[index, : len(ids)] = ids
-            labels[index, : len(ids)] = targets
+            labels[index, : len(ids) - 1] = targets[1:]
             numbers[index, : len(ids)] = index + 1
         positions = torch.arange(width).repeat(len(samples), 1)
         return {
-            "input_ids": input_ids,
-            "labels": labels,
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
             "position_ids": positions,
-            "samples": numbers,
+            "samples": torch.from_numpy(numbers),
         }
 
     def _padded_length(self, length: int) -> int:
@@ -122,16 +121,11 @@ class Collator:
             return self.fixed_length
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-    def _filling(self, length: int) -> tuple[Tensor, Tensor]:
-        return torch.full((length,), self.pad_token_id), torch.full((length,), IGNORE)
 
-
-def _samples(rows: Iterable[Any]) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield (ids, shifted labels), both int64 [length], of rows and of the rows in packs."""
+def _samples(rows: Iterable[Any]) -> Iterable[Sample]:
+    """Yield ids and labels, not shifted, of rows and of the rows in packs."""
     for row in rows:
         if isinstance(row, list):
             yield from _samples(row)
-            continue
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
-        labels = torch.as_tensor(row["labels"], dtype=torch.int64)
-        yield ids, torch.cat([labels[1:], labels.new_full((1,), IGNORE)])
+        else:
+            yield row["input_ids"], row["labels"]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,19 @@ import pyarrow as pa
 from datasets import Dataset
 
 from swiftmeg.data.parallel import map_chunks
-from swiftmeg.data.rows import Drops, RowError, RowTooLong
+from swiftmeg.data.rows import Drops, RowTooLong, plain_rows
 from swiftmeg.data.store import cache_root, content_key, get_or_build
-from swiftmeg.data.template import Template
+from swiftmeg.data.template import Encoded, Template
+from swiftmeg.data.tokens import Array, EncodedChunk, TokenDataset, TokenWriter, encoded_chunk
 from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # raise it when the same row would be encoded otherwise than before
+_FORMAT = 3  # raise it when the same row would be encoded otherwise than before
 _CHUNK = 500
+_HASHED = 10_000
+_LARGE = 64 * 2**20  # bytes
 _PROGRESS_SECONDS = 30
-_SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.int32())),
-        ("labels", pa.list_(pa.int32())),
-        ("length", pa.int32()),
-        ("row", pa.int64()),
-    ]
-)
 
 
 def encode_rows(
@@ -40,8 +35,8 @@ def encode_rows(
     num_proc: int = 1,
     strict: bool = False,
     cache_dir: str | None = None,
-) -> Dataset:
-    """Return the memory-mapped dataset of `input_ids`, `labels` and `length` of standard rows.
+) -> TokenDataset:
+    """Return the dataset of `input_ids`, `labels` and `length` of standard rows, kept on disk.
 
     Row order is kept, although the rows are read in the order in which they are stored, and those
     that are there more than once are encoded once. A row that the template cannot use is dropped,
@@ -54,7 +49,7 @@ def encode_rows(
     """
     rows, order = in_stored_order(rows)
     root = Path(cache_dir) if cache_dir else cache_root() / "encoded"
-    key = content_key([_FORMAT, rows_fingerprint(rows), template.identity()])
+    key = content_key([_FORMAT, rows_fingerprint(rows, num_proc), template.identity()])
     folder = get_or_build(
         root / key, lambda temporary: _write(rows, template, num_proc, strict, temporary)
     )
@@ -62,14 +57,14 @@ def encode_rows(
     drops = Drops.from_json(account["drops"])
     if strict and account["bad_rows"]:
         raise UserError(f"--strict true: {account['bad_rows']} rows cannot be used: {drops}")
-    encoded = Dataset.from_file(str(folder / "data.arrow"))
+    encoded = TokenDataset(folder)
     logger.info("%s (%s)", _summary(len(rows), len(encoded), drops, account), folder)
     if len(encoded) == 0:
         raise UserError(f"no row is left after tokenisation: of {len(rows)} rows, {drops}")
-    return _in_order(encoded, order)
+    return encoded if order is None else TokenDataset(folder, _places(encoded.rows(), order))
 
 
-def in_stored_order(rows: Dataset) -> tuple[Dataset, np.ndarray[Any, Any] | None]:
+def in_stored_order(rows: Dataset) -> tuple[Dataset, Array | None]:
     """Return the distinct rows of a selection in the order in which they are stored.
 
     With them come, for each row of the selection (int64 [rows]), its place among these; None where
@@ -78,47 +73,68 @@ def in_stored_order(rows: Dataset) -> tuple[Dataset, np.ndarray[Any, Any] | None
     if rows._indices is None:
         return rows, None
     stored = rows._indices.column(0).to_numpy()
-    _, first, order = np.unique(stored, return_index=True, return_inverse=True)
-    return rows.select(first, keep_in_memory=True), order
+    wanted = np.zeros(len(rows.data), dtype=bool)
+    wanted[stored] = True
+    order = (np.cumsum(wanted, dtype=_index_type(len(wanted))) - 1)[stored]
+    all_stored = Dataset(rows.data, info=rows.info)
+    if wanted.all():
+        return all_stored, order
+    return all_stored.select(np.flatnonzero(wanted), keep_in_memory=True), order
 
 
-def _in_order(encoded: Dataset, order: np.ndarray[Any, Any] | None) -> Dataset:
-    """Put the rows that were kept in `order`, and leave out the column with their places."""
-    kept = encoded.data.column("row").to_numpy()
-    encoded = encoded.remove_columns("row")
-    if order is None:
-        return encoded
-    places = np.minimum(np.searchsorted(kept, order), len(kept) - 1)
-    return encoded.select(places[kept[places] == order], keep_in_memory=True)
+def _places(kept: Array, order: Array) -> Array:
+    """Return where among the rows that were `kept` those of `order` are, without the others."""
+    places = np.searchsorted(kept, order).astype(_index_type(len(kept)))
+    np.minimum(places, len(kept) - 1, out=places)
+    return places[kept[places] == order]
 
 
-def rows_fingerprint(rows: Dataset) -> str:
+def _index_type(count: int) -> type[np.signedinteger[Any]]:
+    """What holds indices of `count` rows: every rank keeps some for each row."""
+    return np.int32 if count < 2**31 else np.int64
+
+
+def rows_fingerprint(rows: Dataset, num_proc: int = 1) -> str:
     """Return a hash of the rows' content, without the column that says where they came from."""
-    digest = hashlib.sha256()
     columns = sorted(set(rows.column_names) - {"origin"})
-    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+    content = rows.select_columns(columns).with_format("arrow")
+
+    def digest(start: int) -> bytes:
+        table = content[start : start + _HASHED].select(columns)
+        table = table.replace_schema_metadata().combine_chunks()
         sink = pa.BufferOutputStream()
-        table = table.select(columns).replace_schema_metadata().combine_chunks()
         with pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
-        digest.update(sink.getvalue())
-    return digest.hexdigest()
+        return hashlib.sha256(sink.getvalue()).digest()
+
+    whole = hashlib.sha256()
+    for part in _pass(rows, digest, _HASHED, num_proc):
+        whole.update(part)
+    return whole.hexdigest()
+
+
+def _pass[Result](
+    rows: Dataset, work: Callable[[int], Result], chunk: int, num_proc: int
+) -> Iterator[Result]:
+    """Yield `work(start)` for each chunk of the rows, in order.
+
+    Of many rows, this process reads none: pages of mapped files that it has touched would count as
+    its memory.
+    """
+    starts = range(0, len(rows), chunk)
+    small = rows.data.nbytes < _LARGE
+    return map_chunks(work, starts, min(num_proc, len(starts)), in_process=small)
 
 
 def _write(rows: Dataset, template: Template, num_proc: int, strict: bool, folder: Path) -> None:
-    starts = range(0, len(rows), _CHUNK)
-
-    def work(start: int) -> tuple[pa.RecordBatch, Drops, int, int]:
+    def work(start: int) -> tuple[EncodedChunk, Drops, int, int]:
         return _encode_chunk(rows, template, start, strict)
 
     drops, bad_rows, context_only = Drops(), 0, 0
-    results = map_chunks(work, starts, min(num_proc, len(starts)))
-    with (
-        pa.OSFile(str(folder / "data.arrow"), "wb") as sink,
-        pa.ipc.new_stream(sink, _SCHEMA) as writer,
-    ):
-        for batch, dropped, bad, untrained in _progress(results, len(rows)):
-            writer.write_batch(batch)
+    results = _pass(rows, work, _CHUNK, num_proc)
+    with TokenWriter(folder) as writer:
+        for chunk, dropped, bad, untrained in _progress(results, len(rows)):
+            writer.write(chunk)
             drops.merge(dropped)
             bad_rows += bad
             context_only += untrained
@@ -128,31 +144,28 @@ def _write(rows: Dataset, template: Template, num_proc: int, strict: bool, folde
 
 def _encode_chunk(
     rows: Dataset, template: Template, start: int, strict: bool
-) -> tuple[pa.RecordBatch, Drops, int, int]:
+) -> tuple[EncodedChunk, Drops, int, int]:
     """Encode up to `_CHUNK` rows; return them, the drops, how many of those are bad rows (not
     merely too long) and how many assistant turns are context only."""
     drops, bad_rows, before = Drops(), 0, template.context_only_turns
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    stop = min(start + _CHUNK, len(rows))
-    for index, row in enumerate(rows.select(range(start, stop)).to_list(), start):
-        origin = row.get("origin") or f"row {index + 1}"
-        try:
-            encoded = template.encode(row)
-        except RowError as error:
-            too_long = isinstance(error, RowTooLong)
-            if strict and not too_long:
-                raise UserError(f"--strict true: {origin}: {error}") from None
-            drops.add(origin, error)
-            bad_rows += not too_long
-        except UserError as error:
-            raise UserError(f"{origin}: {error}") from None
-        else:
-            columns["input_ids"].append(encoded["input_ids"])
-            columns["labels"].append(encoded["labels"])
-            columns["length"].append(len(encoded["input_ids"]))
-            columns["row"].append(index)
-    batch = pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
-    return batch, drops, bad_rows, template.context_only_turns - before
+    kept: list[Encoded] = []
+    indices: list[int] = []
+    chunk = plain_rows(rows.with_format("arrow")[start : start + _CHUNK])
+    for index, outcome in enumerate(template.encode_many(chunk)):
+        if isinstance(outcome, Encoded):
+            kept.append(outcome)
+            indices.append(start + index)
+            continue
+        origin = chunk[index].get("origin") or f"row {start + index + 1}"
+        if isinstance(outcome, UserError):
+            raise UserError(f"{origin}: {outcome}")
+        too_long = isinstance(outcome, RowTooLong)
+        if strict and not too_long:
+            raise UserError(f"--strict true: {origin}: {outcome}")
+        drops.add(origin, outcome)
+        bad_rows += not too_long
+    untrained = template.context_only_turns - before
+    return encoded_chunk(kept, indices), drops, bad_rows, untrained
 
 
 def _progress[Item](items: Iterator[Item], total: int) -> Iterator[Item]:

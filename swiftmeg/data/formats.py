@@ -8,7 +8,7 @@ for pre-training text.
 import ast
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ _ROLES = {
     "observation": "tool_response",
     "tool": "tool",
 }
+
+Chooser = Callable[[], random.Random]
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ class Identity:
         return filled
 
 
-def standard_row(row: Mapping[str, Any], chooser: random.Random, for_training: bool = False) -> Row:
+def standard_row(row: Mapping[str, Any], chooser: Chooser, for_training: bool = False) -> Row:
     """Return `row` in standard form, without `origin`; columns that it does not use are left out.
 
-    `chooser` picks one of several responses. Raises RowError for a row that cannot be used, which
-    `for_training` includes one that does not end with the assistant's turn; otherwise a question
-    needs no response.
+    What `chooser` returns picks one of several responses. Raises RowError for a row that cannot be
+    used, which `for_training` includes one that does not end with the assistant's turn; otherwise a
+    question needs no response.
     """
     for column in _MEDIA:
         if row.get(column):
@@ -136,9 +138,7 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
     return renamed
 
 
-def _query_response(
-    row: Mapping[str, Any], chooser: random.Random, needs_response: bool
-) -> list[Row]:
+def _query_response(row: Mapping[str, Any], chooser: Chooser, needs_response: bool) -> list[Row]:
     response = _first(row, _RESPONSE)
     asks = any(row.get(name) for name in _QUERY)
     if response is None and (needs_response or not asks):
@@ -148,7 +148,7 @@ def _query_response(
     if isinstance(response, list):
         if not response:
             raise RowError("the response is empty")
-        response = _text(chooser.choice(response), "response")
+        response = _text(chooser().choice(response), "response")
     messages = []
     for query, answer in _history(row.get("history")):
         messages.append({"role": "user", "content": _text(query, "history")})

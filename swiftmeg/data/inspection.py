@@ -17,7 +17,8 @@ _BRACKETS = ("", "⟦", "⟧")
 def marked_text(tokenizer: Any, row: dict[str, Sequence[int]], colour: bool) -> str:
     """Decode a row of `input_ids` and `labels`, with trained tokens in green, or in ⟦brackets⟧."""
     pieces = []
-    tokens = zip(row["input_ids"], row["labels"], strict=True)
+    ids, labels = (np.asarray(row[name]).tolist() for name in ("input_ids", "labels"))
+    tokens = zip(ids, labels, strict=True)
     for trained, run in groupby(tokens, key=lambda token: token[1] != IGNORE):
         text = tokenizer.decode([token for token, _ in run])
         if colour:
@@ -25,18 +26,6 @@ def marked_text(tokenizer: Any, row: dict[str, Sequence[int]], colour: bool) -> 
         else:
             pieces.append(_BRACKETS[1] + text + _BRACKETS[2] if trained else text)
     return "".join(pieces)
-
-
-def counts(dataset: Any) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return each row's tokens and trained tokens, two int64 arrays [rows]."""
-    lengths, trained = [], []
-    for table in dataset.select_columns(["labels"]).with_format("arrow").iter(batch_size=1000):
-        labels = table.column("labels").combine_chunks()
-        sizes = labels.value_lengths().to_numpy().astype(np.int64)
-        flags = labels.flatten().to_numpy() != IGNORE
-        lengths.append(sizes)
-        trained.append(np.add.reduceat(flags, np.cumsum(sizes) - sizes, dtype=np.int64))
-    return np.concatenate(lengths), np.concatenate(trained)
 
 
 def report(

@@ -35,21 +35,27 @@ def _call(chunk: object) -> object:
 
 
 def map_chunks[Chunk, Result](
-    work: Callable[[Chunk], Result], chunks: Iterable[Chunk], num_proc: int = 1
+    work: Callable[[Chunk], Result],
+    chunks: Iterable[Chunk],
+    num_proc: int = 1,
+    in_process: bool = True,
 ) -> Iterator[Result]:
-    """Yield `work(chunk)` for each chunk in order, with `num_proc` processes if more than one.
+    """Yield `work(chunk)` for each chunk in order, with `num_proc` processes.
+
+    A single one is this process, unless `in_process` is false.
 
     Workers are forked, so `work` need not be picklable; chunks and results must be. At most two
     chunks per process are in flight, so that an endless source does not fill the memory. A worker
     that is killed raises BrokenProcessPool here instead of hanging; workers end with this process.
     """
-    if num_proc <= 1:
+    if num_proc <= 1 and in_process:
         gc.freeze()
         try:
             yield from map(work, chunks)
         finally:
             gc.unfreeze()
         return
+    num_proc = max(num_proc, 1)
     with ProcessPoolExecutor(
         num_proc,
         mp_context=multiprocessing.get_context("fork"),

@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
-Array = np.ndarray[Any, np.dtype[np.int64]]
+Array = np.ndarray[Any, Any]
+Span = tuple[int, int]
 
 
 class SpanTokenizer:
@@ -23,6 +26,8 @@ class SpanTokenizer:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._fast: Tokenizer | None = None
+        # Rows are shared out to processes; a tokenizer that has used threads complains of forks.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if getattr(tokenizer, "is_fast", False):
             fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
             fast.no_truncation()
@@ -51,68 +56,37 @@ class SpanTokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 
     def ids_and_spans(
-        self, text: str, spans: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return token ids and, for each of the ordered `spans` of characters, the span of tokens
-        that begin inside it."""
+        self, texts: Sequence[str], spans: Sequence[list[Span]]
+    ) -> list[tuple[Array, list[Span]]]:
+        """Return for each text its token ids (int32) and, for each of its ordered spans of
+        characters, the span of tokens that begin inside it."""
         if self._fast is None:
-            return self._by_pieces(text, spans)
+            return [self._by_pieces(*each) for each in zip(texts, spans, strict=True)]
+        # Reporting the places of tokens takes the tokenizer longer than to tell them from lengths.
+        encode = self._fast.encode_batch if self._bytes is None else self._fast.encode_batch_fast
+        encodings = encode(list(texts), add_special_tokens=False)
+        return [
+            self._locate(encoding, text, wanted)
+            for encoding, text, wanted in zip(encodings, texts, spans, strict=True)
+        ]
+
+    def _locate(self, encoding: Any, text: str, spans: list[Span]) -> tuple[Array, list[Span]]:
+        assert self._fast is not None
+        ids = np.array(encoding.ids, dtype=np.int32)
         if self._bytes is not None:
-            quick = self._by_bytes(text, spans, self._bytes)
-            if quick is not None:
-                return quick
-        encoding = self._fast.encode(text, add_special_tokens=False)
-        ids = list(encoding.ids)
-        found = []
-        for start, end in spans:
-            first, last = _token_at(encoding, start, len(text)), _token_at(encoding, end, len(text))
-            if (
-                first is None
-                or last is None
-                or (first < len(ids) and _begin(encoding, first) < start)
-            ):
-                return self._by_pieces(text, spans)
-            # The token at the end may begin inside the span, as a turn's last one together with
-            # the text behind it.
-            found.append((first, last + (last < len(ids) and _begin(encoding, last) < end)))
-        return ids, found
+            found = _by_bytes(ids, text, spans, self._bytes)
+            if found is not None:
+                return ids, found
+            encoding = self._fast.encode(text, add_special_tokens=False)
+        found = _by_places(encoding, text, spans)
+        return (ids, found) if found is not None else self._by_pieces(text, spans)
 
     def _fast_ids(self, text: str) -> list[int]:
         assert self._fast is not None
         (encoding,) = self._fast.encode_batch_fast([text], add_special_tokens=False)
         return list(encoding.ids)
 
-    def _by_bytes(
-        self, text: str, spans: list[tuple[int, int]], token_bytes: Array
-    ) -> tuple[list[int], list[tuple[int, int]]] | None:
-        """Tell the places from the tokens' lengths, which is faster than to have them reported.
-
-        None where that does not work: normalisation changed the text, or a token joins the end of
-        a prompt with the beginning of a span.
-        """
-        ids = self._fast_ids(text)
-        ends = token_bytes[ids].cumsum()
-        whole = text.isascii()
-        if (ends[-1] if ids else 0) != (len(text) if whole else len(text.encode("utf-8"))):
-            return None
-        if not (whole or unicodedata.is_normalized("NFC", text)):
-            return None
-        found = []
-        for start, end in spans:
-            if not whole:
-                start, end = (len(text[:place].encode("utf-8")) for place in (start, end))
-            # Tokens 0 .. first-1 end at `start` or before it.
-            first = int(ends.searchsorted(start, side="right"))
-            if start and (not first or ends[first - 1] != start):
-                return None
-            # A token belongs to the span in which it begins.
-            last = int(ends.searchsorted(end, side="left")) + 1 if end > start else first
-            found.append((first, last))
-        return ids, found
-
-    def _by_pieces(
-        self, text: str, spans: list[tuple[int, int]]
-    ) -> tuple[list[int], list[tuple[int, int]]]:
+    def _by_pieces(self, text: str, spans: list[Span]) -> tuple[Array, list[Span]]:
         ids: list[int] = []
         found = []
         at = 0
@@ -122,7 +96,8 @@ class SpanTokenizer:
             found.append((len(ids), len(ids) + len(inside)))
             ids += inside
             at = end
-        return ids + (self.ids(text[at:]) if at < len(text) else []), found
+        ids += self.ids(text[at:]) if at < len(text) else []
+        return np.array(ids, dtype=np.int32), found
 
     def fingerprint(self) -> str:
         """Return a hash of the vocabulary and all that decides how text becomes ids."""
@@ -133,6 +108,48 @@ class SpanTokenizer:
             special = self._tokenizer.special_tokens_map
             text = json.dumps([type(self._tokenizer).__name__, vocabulary, str(special)])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _by_bytes(ids: Array, text: str, spans: list[Span], token_bytes: Array) -> list[Span] | None:
+    """Tell the spans of tokens from the tokens' lengths.
+
+    None where that does not work: normalisation changed the text, or a token joins the end of a
+    prompt with the beginning of a span.
+    """
+    ends = token_bytes[ids].cumsum()
+    whole = text.isascii()
+    if (ends[-1] if len(ids) else 0) != (len(text) if whole else len(text.encode("utf-8"))):
+        return None
+    if not (whole or unicodedata.is_normalized("NFC", text)):
+        return None
+    found = []
+    for start, end in spans:
+        if not whole:
+            start, end = (len(text[:place].encode("utf-8")) for place in (start, end))
+        # Tokens 0 .. first-1 end at `start` or before it.
+        first = int(ends.searchsorted(start, side="right"))
+        if start and (not first or ends[first - 1] != start):
+            return None
+        # A token belongs to the span in which it begins.
+        last = int(ends.searchsorted(end, side="left")) + 1 if end > start else first
+        found.append((first, last))
+    return found
+
+
+def _by_places(encoding: Any, text: str, spans: list[Span]) -> list[Span] | None:
+    """Look up the spans of tokens in the places that the tokenizer reports.
+
+    None if a token joins the end of a prompt with the beginning of a span.
+    """
+    count, found = len(encoding.ids), []
+    for start, end in spans:
+        first, last = _token_at(encoding, start, len(text)), _token_at(encoding, end, len(text))
+        if first is None or last is None or (first < count and _begin(encoding, first) < start):
+            return None
+        # The token at the end may begin inside the span, as a turn's last one together with the
+        # text behind it.
+        found.append((first, last + (last < count and _begin(encoding, last) < end)))
+    return found
 
 
 def _token_at(encoding: Any, place: int, length: int) -> int | None:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ class SubsetReader:
             if self._subset.preprocess is not None:
                 values = _preprocess(self._subset, values)
             values = self.options.identity.fill(values)
-            chooser = random.Random(f"{self.options.data_seed} {origin}")
+            chooser = partial(random.Random, f"{self.options.data_seed} {origin}")
             standard = standard_row(values, chooser, self.options.for_training)
         except RowError as error:
             if self.options.strict:

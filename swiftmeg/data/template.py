@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from swiftmeg.data.chat_templates import GENERATION, ChatTemplate, find_chat_template
 from swiftmeg.data.rows import Row, RowError, RowTooLong
@@ -12,6 +14,8 @@ from swiftmeg.data.span_tokenizer import SpanTokenizer
 from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.data.turns import Message, Turn, assistant_turns
 from swiftmeg.errors import UserError
+
+Array = np.ndarray[Any, Any]
 
 IGNORE = -100
 """The label of a token that is not trained."""
@@ -27,6 +31,13 @@ WEIGHTED_LOSS_SCALES = ("react", "hermes", "qwen", "agentflan", "alpha_umi")
 TRUNCATION_STRATEGIES = ("delete", "left", "right")
 
 _EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
+
+
+class Encoded(NamedTuple):
+    """A row as tokens: two arrays, int32 [length]; see `Template.encode`."""
+
+    input_ids: Array
+    labels: Array
 
 
 class Template:
@@ -106,6 +117,33 @@ class Template:
         strategy is `delete`), and UserError if the template leaves it open which text is the
         assistant's.
         """
+        (outcome,) = self.encode_many([row])
+        if not isinstance(outcome, Encoded):
+            raise outcome
+        return {"input_ids": outcome.input_ids.tolist(), "labels": outcome.labels.tolist()}
+
+    def encode_many(self, rows: Sequence[Row]) -> list[Encoded | RowError | UserError]:
+        """Return for each row what `encode` returns, as arrays, or raises."""
+        outcomes: list[Any] = [None] * len(rows)
+        places, texts, spans = [], [], []
+        for place, row in enumerate(rows):
+            try:
+                text, trained = self._trained_text(row)
+            except (RowError, UserError) as error:
+                outcomes[place] = error
+            else:
+                places.append(place)
+                texts.append(text)
+                spans.append(trained)
+        for place, found in zip(places, self._tokens.ids_and_spans(texts, spans), strict=True):
+            try:
+                outcomes[place] = self._labelled(*found)
+            except RowError as error:
+                outcomes[place] = error
+        return outcomes
+
+    def _trained_text(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+        """Return a row's text and which of its characters are trained."""
         messages = to_chat(row["messages"])
         check_answered(messages)
         if self.chat is None:
@@ -114,21 +152,22 @@ class Template:
             text, turns = self._render(messages, parse_tools(row.get("tools")))
         self._refuse_far_too_long(text)
         if self.loss_scale == "all":
-            spans = [(0, len(text))]
-        else:
-            spans = [(turn.start, turn.end) for turn in turns if turn.trained]
-            self.context_only_turns += len(turns) - len(spans)
+            return text, [(0, len(text))]
+        spans = [(turn.start, turn.end) for turn in turns if turn.trained]
+        self.context_only_turns += len(turns) - len(spans)
         if "ignore_empty_think" in self.loss_scale:
             spans = [_skip_empty_think(text, *span) for span in spans]
-        ids, places = self._tokens.ids_and_spans(text, spans)
-        labels = [IGNORE] * len(ids)
-        for start, end in places:
+        return text, spans
+
+    def _labelled(self, ids: Array, spans: list[tuple[int, int]]) -> Encoded:
+        labels = np.full_like(ids, IGNORE)
+        for start, end in spans:
             labels[start:end] = ids[start:end]
         ids, labels = self._fit(ids, labels)
-        labels[:1] = [IGNORE]
-        if labels.count(IGNORE) == len(labels):
+        labels[:1] = IGNORE
+        if (labels == IGNORE).all():
             raise RowError("no token to train")
-        return {"input_ids": ids, "labels": labels}
+        return Encoded(ids, labels)
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: str | list[Any] | None = None
@@ -226,7 +265,7 @@ class Template:
     def _too_long(self, tokens: str) -> RowTooLong:
         return RowTooLong(f"longer than --max_length {self.max_length}", f"{tokens} tokens")
 
-    def _fit(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    def _fit(self, ids: Array, labels: Array) -> tuple[Array, Array]:
         limit = self.max_length
         if limit is None or len(ids) <= limit:
             return ids, labels

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
-
 from swiftmeg.args.combinations import FP8_MULTIPLE
 from swiftmeg.data.collate import Collator
 from swiftmeg.data.encode import encode_rows
@@ -140,7 +138,7 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
         raise UserError("--dataset: no row is left to train on")
     longest = max_length
     if not (args.packing or args.lazy_tokenize):
-        longest = pc.max(train.data.column("length")).as_py()
+        longest = int(train.lengths().max())
     collate.fixed_length = _fixed_length(args, max_length, train, validation)
     return TrainingData(train, validation, collate, longest, _train_iters(len(train), args), args)
 
@@ -206,7 +204,7 @@ def _fixed_length(args: Any, max_length: int, *sets: Any) -> int | None:
         return None
     longest = max_length
     if not (args.packing or args.lazy_tokenize or args.streaming):
-        longest = max(pc.max(rows.data.column("length")).as_py() for rows in sets if rows)
+        longest = max(int(rows.lengths().max()) for rows in sets if rows is not None)
     multiple = length_multiple(args)
     samples = args.micro_batch_size if args.padding_free or args.packing else 1
     return int(samples * math.ceil(longest / multiple) * multiple)

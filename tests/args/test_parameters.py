@@ -101,7 +101,7 @@ def stream_order(context: Context) -> Any:
 
 def validation_rows(context: Context) -> Any:
     rows = context.data().validation
-    return None if rows is None else [row["input_ids"] for row in rows]
+    return None if rows is None else [list(row["input_ids"]) for row in rows]
 
 
 def trained_tokens(context: Context) -> Any:

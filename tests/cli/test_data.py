@@ -3,12 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from swiftmeg.cli.main import run
 from swiftmeg.data.inspection import marked_text
 from swiftmeg.data.template import IGNORE
+from swiftmeg.data.tokens import TokenDataset
 from tests.tiny import save_model
 
 
@@ -42,12 +42,10 @@ def test_inspection_shows_what_is_trained(
     assert "packs, filled to" in lines["packed to 300 tokens"]
     assert (work / "data_lengths.png").read_bytes()[:4] == b"\x89PNG"
     # What was printed is what training reads.
-    from datasets import Dataset
-
-    (file,) = work.glob("cache/encoded/*/data.arrow")
-    rows = Dataset.from_file(str(file))
-    tokens = sum(rows["length"])
-    trained = sum(int((np.array(row) != IGNORE).sum()) for row in rows["labels"])
+    (file,) = work.glob("cache/encoded/*/tokens.bin")
+    rows = list(TokenDataset(file.parent))
+    tokens = sum(row["length"] for row in rows)
+    trained = sum(int((row["labels"] != IGNORE).sum()) for row in rows)
     assert lines["rows"] == f"36; tokens: {tokens:,}"
     assert lines["trained"].startswith(f"{trained:,} tokens, {trained / tokens:.1%}")
 
@@ -61,7 +59,7 @@ def test_without_inspection_rows_are_prepared(
     assert "--- row" not in out
     assert "validation rows: 9" in out
     assert not (work / "data_lengths.png").exists()
-    assert len(list(work.glob("cache/encoded/*/data.arrow"))) == 2
+    assert len(list(work.glob("cache/encoded/*/tokens.bin"))) == 2
 
 
 @pytest.mark.parametrize(

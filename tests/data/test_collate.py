@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from swiftmeg.data.collate import Collator
 from swiftmeg.data.packing import WINDOW, PackedDataset, pack
@@ -132,10 +131,16 @@ def test_a_row_too_long_for_a_pack():
         pack([3, 11], 10)
 
 
+class Rows(list):
+    """Encoded rows in memory, as packing wants them."""
+
+    def lengths(self):
+        return np.array([len(row["input_ids"]) for row in self])
+
+
 def test_packed_rows_keep_their_borders():
     rows = [row(1, 2, 3), row(4, 5), row(6, 7, 8), row(9, 10)]
-    dataset = Dataset.from_list([{**each, "length": len(each["input_ids"])} for each in rows])
-    packed = PackedDataset(dataset, 5)
+    packed = PackedDataset(Rows(rows), 5)
     assert len(packed) == 2
     assert packed.fill == 1.0
     batch = Collator(PAD)([packed[0], packed[1]])
@@ -144,18 +149,12 @@ def test_packed_rows_keep_their_borders():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2, 0, 1]]
 
 
-def test_packs_of_a_selection_hold_its_rows_in_its_order():
-    count = 3 * WINDOW
-    dataset = Dataset.from_dict(
-        {
-            "input_ids": [[number] * (number % 7 + 1) for number in range(count)],
-            "labels": [[number] * (number % 7 + 1) for number in range(count)],
-            "length": [number % 7 + 1 for number in range(count)],
-        }
-    ).select(range(count - 1, 0, -2))
-    packed = PackedDataset(dataset, 20)
-    lengths = [number % 7 + 1 for number in range(count - 1, 0, -2)]
-    expected = [[count - 1 - 2 * place for place in group] for group in pack(lengths, 20)]
+def test_packs_of_several_windows_hold_each_row_once():
+    lengths = [number % 7 + 1 for number in range(3 * WINDOW // 2)]
+    packed = PackedDataset(
+        Rows(row(*[number] * lengths[number]) for number in range(len(lengths))), 20
+    )
+    expected = pack(lengths, 20)
     assert len(packed) == len(expected)
     for index in (0, 1, len(packed) // 2, len(packed) - 1):
         assert [each["input_ids"][0] for each in packed[index]] == expected[index]

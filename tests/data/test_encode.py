@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -34,16 +35,29 @@ def template(make_tokenizer, templates):
     return Template(make_tokenizer(templates.chatml))
 
 
+def plain(row):
+    """An item of an encoded set without arrays."""
+    return {
+        "input_ids": row["input_ids"].tolist(),
+        "labels": row["labels"].tolist(),
+        "length": row["length"],
+    }
+
+
 @pytest.mark.parametrize("num_proc", [1, 3])
 def test_rows_are_encoded_in_order(template, num_proc):
     rows = rows_of(1203)  # three chunks
     encoded = encode_rows(rows, template, num_proc=num_proc)
-    assert encoded.column_names == ["input_ids", "labels", "length"]
     assert len(encoded) == 1203
     for index in (0, 499, 500, 1202):
-        row = encoded[index]
-        assert row == {**template.encode(rows[index]), "length": len(row["input_ids"])}
-    assert encoded.cache_files  # memory-mapped
+        expected = template.encode(rows[index])
+        assert plain(encoded[index]) == {**expected, "length": len(expected["input_ids"])}
+    assert encoded.lengths().tolist() == [len(row["input_ids"]) for row in encoded]
+    assert encoded.trained().tolist() == [
+        sum(label != -100 for label in row["labels"]) for row in encoded
+    ]
+    again = pickle.loads(pickle.dumps(encoded))
+    assert [plain(row) for row in again] == [plain(row) for row in encoded]
 
 
 class Counting(Template):
@@ -51,10 +65,10 @@ class Counting(Template):
 
     log: str
 
-    def encode(self, row):
+    def encode_many(self, rows):
         with open(self.log, "a") as file:
-            file.write("row\n")
-        return super().encode(row)
+            file.write("row\n" * len(rows))
+        return super().encode_many(rows)
 
 
 @pytest.fixture
@@ -69,7 +83,7 @@ def test_the_second_time_nothing_is_encoded(counting, tmp_path):
     first = encode_rows(rows_of(5), counting, cache_dir=str(tmp_path / "own"))
     second = encode_rows(rows_of(5), counting, cache_dir=str(tmp_path / "own"))
     assert counting.count() == 5
-    assert first.to_list() == second.to_list()
+    assert [plain(row) for row in first] == [plain(row) for row in second]
     encode_rows(rows_of(5), counting)  # another folder
     assert counting.count() == 10
 
@@ -198,7 +212,7 @@ def test_a_killed_worker_is_noticed():
 
 def encode_at_once(barrier, template, answers):
     barrier.wait()
-    answers.put(encode_rows(rows_of(50), template)["length"][:])
+    answers.put(encode_rows(rows_of(50), template).lengths().tolist())
 
 
 def test_processes_at_once_encode_once(counting):
@@ -263,9 +277,9 @@ def test_a_writer_that_comes_second_in_spite_of_the_lock_gives_way(tmp_path):
 class Slow(Template):
     """Takes time for every row."""
 
-    def encode(self, row):
-        time.sleep(0.002)
-        return super().encode(row)
+    def encode_many(self, rows):
+        time.sleep(0.002 * len(rows))
+        return super().encode_many(rows)
 
 
 def test_a_waiting_process_takes_over_from_one_that_is_killed(make_tokenizer, templates, tmp_path):
@@ -276,12 +290,12 @@ def test_a_waiting_process_takes_over_from_one_that_is_killed(make_tokenizer, te
 
     def prepare(answers):
         encoded = encode_rows(rows, template, num_proc=2, cache_dir=str(root))
-        answers.put(sum(encoded["length"]))
+        answers.put(int(encoded.lengths().sum()))
 
     answers = fork.Queue()
     first, second = (fork.Process(target=prepare, args=(answers,)) for _ in range(2))
     first.start()
-    while not list(root.glob(".*tmp-*/data.arrow")):
+    while not list(root.glob(".*tmp-*/tokens.bin")):
         time.sleep(0.01)
     second.start()
     time.sleep(0.3)
@@ -293,6 +307,21 @@ def test_a_waiting_process_takes_over_from_one_that_is_killed(make_tokenizer, te
     assert len(workers) == 2
     assert not alive
     (folder,) = (path for path in root.iterdir() if path.is_dir())
-    assert sorted(path.name for path in folder.iterdir()) == ["account.json", "data.arrow"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("account.json", "ends.bin", "rows.bin", "tokens.bin")
+    ]
     again = encode_rows(rows, Template(template.tokenizer), cache_dir=str(tmp_path / "other"))
-    assert sum(again["length"]) == found
+    assert again.lengths().sum() == found
+
+
+def test_a_selection_keeps_its_order_and_its_copies(make_tokenizer, templates):
+    rows = Dataset.from_list(
+        [standard("a", "word " * 60 if index == 5 else f"fox {index}") for index in range(9)]
+    )
+    template = Template(make_tokenizer(templates.chatml), max_length=90)
+    chosen = [8, 5, 2, 2, 7, 5, 8, 0]
+    encoded = encode_rows(rows.select(chosen), template)
+    kept = [template.encode(rows[index])["input_ids"] for index in chosen if index != 5]
+    assert [row["input_ids"].tolist() for row in encoded] == kept
+    assert encoded.lengths().tolist() == [len(ids) for ids in kept]
+    assert encoded.rows().tolist() == [0, 1, 3, 4]  # of 0, 2, 5, 7 and 8, each encoded once

@@ -1,6 +1,7 @@
 """Each row format in standard form, and what makes a row bad."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,7 @@ ASSISTANT = {"role": "assistant", "content": "A"}
 
 
 def standard(row):
-    return standard_row(row, random.Random(0))
+    return standard_row(row, partial(random.Random, 0))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,8 @@ def test_text_without_a_query(column):
 def test_one_of_several_responses():
     row = {"query": "Q", "response": ["A", "B", "C"]}
     chosen = {
-        standard_row(row, random.Random(seed))["messages"][1]["content"] for seed in range(50)
+        standard_row(row, partial(random.Random, seed))["messages"][1]["content"]
+        for seed in range(50)
     }
     assert chosen == {"A", "B", "C"}
 
@@ -141,7 +143,7 @@ def test_kept_columns():
 )  # fmt: skip
 def test_bad_rows(row, message):
     with pytest.raises(RowError, match=message):
-        standard_row(row, random.Random(0), for_training=True)
+        standard_row(row, partial(random.Random, 0), for_training=True)
 
 
 def test_renaming():
