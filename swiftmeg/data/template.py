@@ -149,7 +149,9 @@ class Template:
         if self.chat is None:
             text, turns = self._join(messages)
         else:
-            text, turns = self._render(messages, parse_tools(row.get("tools")))
+            tools = parse_tools(row.get("tools"))
+            self._check_tools_shown(messages, tools)
+            text, turns = self._render(messages, tools)
         self._refuse_far_too_long(text)
         if self.loss_scale == "all":
             return text, [(0, len(text))]
@@ -158,6 +160,14 @@ class Template:
         if "ignore_empty_think" in self.loss_scale:
             spans = [_skip_empty_think(text, *span) for span in spans]
         return text, spans
+
+    def _check_tools_shown(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """RowError for what the template does not even mention, and would drop in silence."""
+        assert self.chat is not None
+        if tools and not re.search(r"\btools\b", self.chat.jinja):
+            raise RowError("the chat template does not show tools")
+        if "tool_calls" not in self.chat.jinja and any("tool_calls" in each for each in messages):
+            raise RowError("the chat template does not show tool calls")
 
     def _labelled(self, ids: Array, spans: list[tuple[int, int]]) -> Encoded:
         labels = np.full_like(ids, IGNORE)

@@ -426,20 +426,6 @@ def test_ids_and_mask_with_tool_calls_equal_those_of_prefixes(make_tokenizer, tu
 # Named templates.
 
 
-@pytest.mark.parametrize("name", ["chatml", "qwen", "qwen2_5", "llama3"])
-@pytest.mark.parametrize("turns", [1, 2, 3, 4, 5])
-def test_named_templates(make_tokenizer, name, turns):
-    from swiftmeg.data.chat_templates import CHAT_TEMPLATES
-
-    named = make_tokenizer(CHAT_TEMPLATES[name].jinja)
-    encoded = Template(make_tokenizer(None), name=name).encode(
-        {"messages": conversation(turns, "Be brief.")}
-    )
-    ids, mask = expected(named, conversation(turns, "Be brief."))
-    assert encoded["input_ids"] == ids
-    assert [label != -100 for label in encoded["labels"]] == mask
-
-
 def test_gemma_puts_the_system_prompt_into_the_first_user_turn(make_tokenizer):
     tokenizer = make_tokenizer(None)
     tokenizer.add_tokens(["<start_of_turn>", "<end_of_turn>"], special_tokens=True)
