@@ -122,8 +122,8 @@ def _pass[Result](
     its memory.
     """
     starts = range(0, len(rows), chunk)
-    small = rows.data.nbytes < _LARGE
-    return map_chunks(work, starts, min(num_proc, len(starts)), in_process=small)
+    mapped = sum(Path(file["filename"]).stat().st_size for file in rows.cache_files)
+    return map_chunks(work, starts, min(num_proc, len(starts)), in_process=mapped <= _LARGE)
 
 
 def _write(rows: Dataset, template: Template, num_proc: int, strict: bool, folder: Path) -> None:
