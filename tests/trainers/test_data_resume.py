@@ -3,7 +3,9 @@
 Every row has a loss of its own, so equal losses mean equal samples.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +69,26 @@ def run(work: Path, save: str, world: int, **changes: Any) -> dict[str, dict[str
     return {record["global_step/max_steps"].split("/")[0]: record for record in records}
 
 
+@pytest.fixture(scope="module")
+def half(work: Path) -> Callable[[str], dict[str, dict[str, float]]]:
+    """half(mode): what two ranks log that train the first steps and save them."""
+
+    @functools.cache
+    def train_half(mode: str) -> dict[str, dict[str, float]]:
+        stop: dict[str, Any] = {"train_iters": SAVED, "save_interval": SAVED}
+        return run(work, f"{mode}-half", 2, **stop, **MODES[mode])
+
+    return train_half
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_continued_runs_see_the_same_samples(work: Path, mode: str) -> None:
+def test_continued_runs_see_the_same_samples(
+    work: Path, half: Callable[[str], dict[str, dict[str, float]]], mode: str
+) -> None:
     flags = MODES[mode]
     whole = run(work, f"{mode}-whole", 1, **flags)
-    half = run(work, f"{mode}-half", 2, train_iters=SAVED, save_interval=SAVED, **flags)
     assert len({record["lm loss"] for record in whole.values()}) == STEPS
-    found = {1: half}
+    found = {1: half(mode)}
     for world in (1, 2):
         load = {"load": work / f"{mode}-half"}
         found[world + 1] = run(work, f"{mode}-{world}", world, **load, **flags)
@@ -84,16 +99,17 @@ def test_continued_runs_see_the_same_samples(work: Path, mode: str) -> None:
                 assert record[key] == pytest.approx(whole[step][key], rel=1e-5), step
 
 
-def test_a_stream_is_not_continued_as_another(work: Path) -> None:
-    flags = MODES["streaming"]
-    run(work, "other", 1, train_iters=1, save_interval=1, **flags)
-    again = {"load": work / "other", **flags}
+def test_a_stream_is_not_continued_as_another(
+    work: Path, half: Callable[[str], dict[str, dict[str, float]]]
+) -> None:
+    half("streaming")
+    half("packed")
+    again = {"load": work / "streaming-half", **MODES["streaming"]}
     with pytest.raises(
         RuntimeError, match="--streaming true: the checkpoint's run read other data"
     ):
-        run(work, "other-2", 1, data_seed=7, **again)
+        run(work, "other", 1, data_seed=7, **again)
     with pytest.raises(RuntimeError, match=r"--global_batch_size 8: .* was dealt out for 4"):
-        run(work, "other-3", 1, global_batch_size=8, **again)
-    run(work, "plain", 1, train_iters=1, save_interval=1)
+        run(work, "other", 1, global_batch_size=8, **again)
     with pytest.raises(RuntimeError, match="the checkpoint's run did not read a stream"):
-        run(work, "other-4", 1, load=work / "plain", **flags)
+        run(work, "other", 1, **again | {"load": work / "packed-half"})
