@@ -81,7 +81,8 @@ class TrainingArguments(MegatronFlags):
     no_rope_fusion: bool | None = None
     """Switch off TransformerEngine's fused RoPE. None: where layers or scaling need it."""
     no_gradient_accumulation_fusion: bool | None = None
-    """Switch off weight-gradient accumulation inside the product. None: off without apex."""
+    """Switch off weight-gradient accumulation inside the product. None: on in
+    TransformerEngine's layers, in Megatron's own with apex."""
     exit_interval: int | None = None
     """Save and end when the step is a multiple of this."""
     exit_duration_in_mins: int | None = None

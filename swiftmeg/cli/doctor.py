@@ -105,8 +105,8 @@ def examine() -> list[Finding]:
             "apex's weight-gradient kernel",
             "gradients add up inside the product"
             if _installed("fused_weight_gradient_mlp_cuda")
-            else "not there: gradient_accumulation_fusion is switched off by itself",
-            "none needed: it saves about 4% of a step",
+            else "not there: only TransformerEngine's layers add up gradients inside the product",
+            "none needed: the output layer alone is left",
         ),
         Finding(
             _installed("wandb"), "wandb", "for --wandb_project", "pip install 'swiftmeg[wandb]'"

@@ -75,6 +75,8 @@ def model_config(
             _forbid_padded_vocabulary(model, args.vocab_size)
             if not args.fp8:
                 _leave_out_extra_state(model)
+            if getattr(args, "accumulate_inside_products", False):
+                _accumulate_inside_products(model)
         return models
 
     try:
@@ -89,6 +91,16 @@ def model_config(
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]
     config.post_wrap_hooks = list(post_wrap_hooks or [])
     return config
+
+
+def _accumulate_inside_products(model: GPTModel) -> None:
+    """Let TransformerEngine's linear layers add weight gradients to Megatron's fp32 buffer.
+
+    Megatron has one switch for these and for its own layers, which need apex's kernel for it.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _use_hf_rope(model: GPTModel, hf_config: Any) -> None:

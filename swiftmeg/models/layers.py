@@ -246,13 +246,16 @@ def _experts(
     """Router, experts, and shared experts where the model has them.
 
     Experts are of one kind in both backends, for the sake of their parameters' names: where they
-    are not to be computed together, the native ones run one after the other.
+    are not to be computed together, the native ones run one after the other. In bfloat16 the native
+    ones stand in TransformerEngine's layers too: its own split the work and launch every expert by
+    itself, which takes the processor longer than the products take the GPU.
     """
     layer = get_moe_module_spec_for_backend(
         provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
     submodules = layer.keywords["submodules"]
     submodules.router = partial(Router, choice=choice_of(switches))
-    if not config.moe_grouped_gemm:
+    together = config.bf16 and not config.fp8 and not config.fp4
+    if together or not config.moe_grouped_gemm:
         submodules.experts = NativeSpecProvider().grouped_mlp_modules(False)
     return partial(MoELayer, submodules=submodules)

@@ -85,6 +85,7 @@ def training_namespace(args: Any, model: HFModel, data: DataSizes) -> argparse.N
     # Megatron switches it off without a worker of its own, which takes tensors over shared memory:
     # on CPUs training would change them while they are written. There a forked process writes.
     namespace.async_save = args.async_save
+    namespace.accumulate_inside_products = args.no_gradient_accumulation_fusion is not True
     namespace.moe_grouped_gemm = bool(namespace.num_experts) and args.moe_grouped_gemm
     _keep_lists(namespace, args)
     return namespace
@@ -121,7 +122,7 @@ def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
 
 
 def _no_gradient_accumulation_fusion(args: Any) -> bool:
-    """The kernel comes with apex."""
+    """Megatron's own layers need apex's kernel for it; TransformerEngine's bring theirs."""
     if args.no_gradient_accumulation_fusion is not None:
         return bool(args.no_gradient_accumulation_fusion)
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None

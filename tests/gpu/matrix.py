@@ -48,7 +48,7 @@ TWO_DEVICES = {
     "mla": ["ep2 dp2", "tp2 sp", "cp2"],
 }
 BF16 = {"torch_dtype": "bfloat16"}
-AT_ONCE = 8
+AT_ONCE = 14
 """Runs beside each other: most of a run's time is imports."""
 
 INTRODUCTION = """\

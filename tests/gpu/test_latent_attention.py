@@ -1,6 +1,5 @@
-"""On a GPU: the kernels behind packed latent attention against fp32, forward and backward."""
+"""On a GPU: the kernel behind packed latent attention against fp32, forward and backward."""
 
-import importlib.util
 from itertools import pairwise
 
 import pytest
@@ -10,7 +9,6 @@ from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
 HEADS, QUERY, VALUE = 4, 192, 128
 BORDERS = [0, 700, 701, 2048]
 
@@ -25,7 +23,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What the native backend calls, values padded to the keys' size."""
+    """What latent attention calls in both backends, values padded to the keys' size."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = torch.tensor(BORDERS, dtype=torch.int32, device=q.device)
@@ -36,35 +34,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[..., :VALUE]  # type: ignore[index]
 
 
-def transformer_engine(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What Megatron calls with TransformerEngine, values padded as well."""
-    from transformer_engine.pytorch import DotProductAttention
-
-    bounds = torch.tensor(BORDERS, dtype=torch.int32, device=q.device)
-    longest = max(end - start for start, end in pairwise(BORDERS))
-    attend = DotProductAttention(
-        HEADS, (QUERY, VALUE), qkv_format="thd", softmax_scale=QUERY**-0.5, attention_dropout=0.0
-    )
-    attend.hidden_size_per_attention_head_v = QUERY
-    v = F.pad(v, (0, QUERY - VALUE))
-    out = attend(
-        q, k, v, None, attn_mask_type="padding_causal", qkv_format="thd",
-        cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest,
-    )  # fmt: skip
-    return out.view(-1, HEADS, QUERY)[..., :VALUE]  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        varlen,
-        pytest.param(
-            transformer_engine,
-            marks=pytest.mark.skipif(not HAS_TE, reason="TransformerEngine is not installed"),
-        ),
-    ],
-)
-def test_gradients_are_those_of_fp32(kernel) -> None:  # type: ignore[no-untyped-def]
+def test_gradients_are_those_of_fp32() -> None:
     torch.manual_seed(0)
     sizes = (QUERY, QUERY, VALUE)
     half = [
@@ -74,7 +44,7 @@ def test_gradients_are_those_of_fp32(kernel) -> None:  # type: ignore[no-untyped
     full = [x.detach().float().requires_grad_() for x in half]
     weight = torch.randn(BORDERS[-1], HEADS, VALUE, device="cuda")
     expected = reference(*full)
-    found = kernel(*half)
+    found = varlen(*half)
     assert (found - expected).norm() <= 1e-2 * expected.norm()
     (expected * weight).sum().backward()
     (found.float() * weight).sum().backward()
