@@ -1,8 +1,8 @@
 """Train one row of the matrix and compare it with the run of one process.
 
 What is compared, all under Hugging Face names: the loss and the gradient norm of every step, every
-gradient of the first step as the optimizer gets it, every weight after the last. Besides, copies of
-a parameter on different ranks must be bit-identical.
+gradient of one step as the optimizer gets it, every weight after the last. Besides, copies of a
+parameter on different ranks must be bit-identical. What LoRA changes in that is in lora.py.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.matrix import lora
 from tests.matrix.rows import Row
 from tests.ranks import run_ranks
 
@@ -48,13 +49,15 @@ def flags(work: Path, row: Row, save: Path, extra: dict[str, Any]) -> list[str]:
         | row.flags
         | extra
     )
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    pairs = ((f"--{name}", *str(value).split()) for name, value in settings.items())
+    return [word for pair in pairs for word in pair]
 
 
 def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> list[str]:
     """`megatron sft` on one rank, with gradients and weights written to `out`.
 
-    Returns what is wrong with this rank's copies of parameters.
+    Gradients are those of the first step; LoRA's are those of the second, since as long as B is
+    zero A has none. Returns what is wrong with this rank's copies of parameters.
     """
     from megatron.training import training
 
@@ -66,22 +69,32 @@ def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> l
 
     args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")
     faults: list[str] = []
+    steps = 0
     setup = training.setup_model_and_optimizer
 
     def watched(*positional: Any, **named: Any) -> Any:
         models, optimizer, scheduler = setup(*positional, **named)
         step = optimizer.step
 
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            if not (Path(out) / "gradients").exists():
-                write(model, models, Path(out) / "gradients", gradients=True)
-            return step(*args, **kwargs)
+        def observed(*positional: Any, **named: Any) -> Any:
+            nonlocal steps
+            if steps == int(args.is_lora):
+                if args.is_lora:
+                    lora.write(args, model, models, Path(out) / "start")
+                    lora.write(args, model, models, Path(out) / "gradients", gradients(models))
+                else:
+                    write(model, models, Path(out) / "gradients", gradients(models))
+            steps += 1
+            return step(*positional, **named)
 
         optimizer.step = observed
         return models, optimizer, scheduler
 
-    def save_checkpoint(iteration: int, models: Any, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(iteration: int, models: Any, *positional: Any, **named: Any) -> None:
         faults.extend(differing_copies(models))
+        if args.is_lora:
+            lora.write(args, model, models, Path(out) / "adapters")
+            lora.merge(models)
         write(model, models, Path(out) / "weights")
 
     def on_save(*args: Any) -> None:
@@ -96,19 +109,21 @@ def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> l
     return faults
 
 
-def write(model: Any, models: list[Any], folder: Path, gradients: bool = False) -> None:
-    """Write the weights, or in their place their gradients, as a Hugging Face folder."""
+def write(
+    model: Any, models: list[Any], folder: Path, replaced: dict[Any, torch.Tensor] | None = None
+) -> None:
+    """Write the weights, or what `replaced` has in their place, as a Hugging Face folder."""
     from megatron.training import get_args
 
     from swiftmeg.export import save
     from swiftmeg.export.shards import live_weights
     from swiftmeg.models.build import dims_of
 
-    found = reduced_gradients(models) if gradients else {}
+    replaced = replaced or {}
 
     def in_place(models: list[Any]) -> Iterator[Any]:
         for live in live_weights(models):
-            yield replace(live, tensor=found.get(live.tensor, live.tensor))
+            yield replace(live, tensor=replaced.get(live.tensor, live.tensor))
 
     save.live_weights = in_place
     family, dims = model.family, dims_of(get_args())
@@ -116,7 +131,7 @@ def write(model: Any, models: list[Any], folder: Path, gradients: bool = False) 
     save.live_weights = live_weights
 
 
-def reduced_gradients(models: list[Any]) -> dict[Any, torch.Tensor]:
+def gradients(models: list[Any]) -> dict[Any, torch.Tensor]:
     """Every parameter's whole gradient, from the shards that the distributed optimizer leaves."""
     found = {}
     for chunk in models:
@@ -140,7 +155,7 @@ def differing_copies(models: list[Any]) -> list[str]:
 
     from swiftmeg.export.shards import live_weights
 
-    wrong = []
+    wrong = lora.differing_copies(models)
     dense = mpu.get_data_parallel_group(with_context_parallel=True)
     experts = mpu.get_expert_data_parallel_group()
     for live in live_weights(models):
@@ -165,7 +180,8 @@ def run(
 ) -> dict[str, Any]:
     """Train a row with `extra` flags.
 
-    Returns `lines`, `gradients`, `weights` and `copies` that differ.
+    Returns the `folder`, `lines`, the number of the `step` that has `gradients`, `weights` and
+    `copies` that differ.
     """
     folder = work / (name or str(row).replace(" | ", "-").replace(" ", "_"))
     shutil.rmtree(folder, ignore_errors=True)
@@ -174,13 +190,15 @@ def run(
     faults = run_ranks(row.world, train_row, argv, str(folder), mutate)
     lines = (folder / "run" / "logging.jsonl").read_text().splitlines()
     return {
+        "folder": folder,
         "lines": [json.loads(line) for line in lines],
+        "step": int(row.is_lora),
         "gradients": {
             name: tensor
             for name, tensor in _tensors(folder / "gradients").items()
             if not name.endswith("e_score_correction_bias")  # a buffer
         },
-        "weights": _tensors(folder / "weights"),
+        "weights": _tensors(folder / "weights") | _tensors(folder / "adapters"),
         "copies": sorted({fault for each in faults for fault in each}),
     }
 
@@ -199,6 +217,12 @@ def check_trained(found: dict[str, Any]) -> list[str]:
     if not first["grad_norm"] > 0:
         reasons.append("the gradient norm is zero")
     return reasons
+
+
+def one_step(found: dict[str, Any]) -> dict[str, Any]:
+    """Of a run the step whose gradients were written, to compare with a reference's."""
+    line = found["lines"][found["step"]]
+    return found | {"lines": [line], "weights": found["gradients"]}
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[float, str]]:
@@ -257,14 +281,19 @@ def _published(parameters: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{folder}.{expert}.{each}.weight", piece
 
 
-def transformers_step(work: Path, model: str) -> dict[str, Any]:
-    """Loss and gradients of all rows, one at a time, as transformers computes them."""
+def transformers_step(work: Path, model: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Loss and gradients of all rows in the step of `found` that has gradients.
+
+    One row after the other, as transformers computes them, or PEFT beside it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from swiftmeg.data.template import Template
 
     template = Template(AutoTokenizer.from_pretrained(work / model))
     network = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)
+    if found["step"]:
+        network = lora.beside(network, found["folder"] / "start")
     total, count = torch.zeros(()), 0
     for line in (work / "rows.jsonl").read_text().splitlines():
         encoded = template.encode(json.loads(line))
@@ -274,7 +303,8 @@ def transformers_step(work: Path, model: str) -> dict[str, Any]:
         count += int((labels != -100).sum())
     loss = total / count
     loss.backward()
-    gradients = dict(_published(network.named_parameters()))
-    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    line = {"lm loss": float(loss.detach()), "grad_norm": float(norm)}
-    return {"lines": [line], "gradients": gradients, "weights": gradients, "copies": []}
+    norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+    line = {"lm loss": float(loss.detach()), "grad_norm": float(torch.stack(norms).norm())}
+    named = lora.gradients(network) if found["step"] else _published(network.named_parameters())
+    both = dict(named)
+    return {"lines": [line], "gradients": both, "weights": both, "copies": []}

@@ -166,6 +166,66 @@ def weights_stand_still() -> None:
     )
 
 
+def no_sum_over_positions() -> None:
+    from swiftmeg.tuners.layers import Factor
+
+    _replace(Factor, "sum_over_positions", lambda original: lambda self: None)
+
+
+def no_sum_over_shards() -> None:
+    from swiftmeg.tuners import layers
+
+    _replace(layers, "copy_to_tensor_model_parallel_region", lambda copy: lambda x, group: x)
+
+
+def no_sum_inside_experts() -> None:
+    from swiftmeg.tuners import experts
+
+    _replace(experts, "copy_to_tensor_model_parallel_region", lambda copy: lambda x, group: x)
+
+
+def start_of_each_shard() -> None:
+    from swiftmeg.tuners import adapters
+
+    def make(original: Any) -> Any:
+        def cut(values: Any, factor: Any, adapter: Any) -> Any:
+            if factor.axis is None:
+                return values
+            size, axis = adapter.group.size(), factor.axis - factor.weight.dim()
+            return values.chunk(size, dim=axis)[0] * size**0.5
+
+        return cut
+
+    _replace(adapters, "cut", make)
+
+
+def one_adapter_for_all_experts() -> None:
+    from swiftmeg.tuners import experts
+
+    def make(original: Any) -> Any:
+        def product(self: Any, x: Any, factor: Any, rows: Any) -> Any:
+            first = [factor.weight[0]] * len(factor.weight)
+            return experts.grouped_product(x, first, list(rows), False)
+
+        return product
+
+    _replace(experts.ExpertAdapter, "product", make)
+
+
+def merge_without_scale() -> None:
+    from swiftmeg.tuners import merge
+
+    def make(original: Any) -> Any:
+        def unscaled(models: Any) -> str:
+            for each in merge.attached(models):
+                each.adapter.scaling["default"] = 1.0
+            return str(original(models))
+
+        return unscaled
+
+    _replace(merge, "merge", make)
+
+
 MUTATIONS = [
     Mutation(mean_of_means, "the loss is a mean of means", Row("dense", "", "padding_free", 2)),
     Mutation(train_on_prompts, "prompts are trained on", Row("dense", "", "padded", 4)),
@@ -189,4 +249,16 @@ MUTATIONS = [
     Mutation(same_rows_everywhere, "data-parallel ranks see the same rows",
              Row("dense", "dp2", "packed", 2)),
     Mutation(weights_stand_still, "the optimizer does nothing", Row("dense", "", "padded", 4)),
+    Mutation(no_sum_over_positions, "LoRA's whole factor sees one sequence shard",
+             Row("dense-lora", "tp2 sp", "padded", 4)),
+    Mutation(no_sum_over_shards, "LoRA's whole factor sees one weight shard",
+             Row("dense-lora", "tp2", "padded", 4)),
+    Mutation(no_sum_inside_experts, "an expert's whole factor sees one weight shard",
+             Row("moe-lora", "tp2 sp", "padded", 4)),
+    Mutation(start_of_each_shard, "LoRA's shards start alike",
+             Row("dense-lora", "tp2", "padded", 4)),
+    Mutation(one_adapter_for_all_experts, "experts of a rank share an adapter",
+             Row("moe-lora", "ep2 dp2", "padded", 4)),
+    Mutation(merge_without_scale, "LoRA is merged without its scale",
+             Row("dense-lora", "", "padded", 4)),
 ]  # fmt: skip

@@ -63,8 +63,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> family and sizes of tests.tiny; all have four layers."""
 
 EXPERTS = {"moe_router_bias_update_rate": 0, "moe_aux_loss_coeff": 0}
-EXTRA: dict[str, dict[str, Any]] = {"moe": EXPERTS, "mla": EXPERTS}
+LORA = {"train_type": "lora", "lora_rank": 4, "lora_dropout": 0, "lr": 1e-2, "adam_eps": 0.1}
+EXTRA: dict[str, dict[str, Any]] = {
+    "moe": EXPERTS,
+    "mla": EXPERTS,
+    "dense-lora": LORA | {"lora_bias": "all", "modules_to_save": "word_embeddings"},
+    "dense-qk-lora": LORA
+    | {"target_modules": "all-linear all-embedding output_layer", "use_rslora": "true"},
+    "moe-lora": LORA | EXPERTS | {"target_modules": "all-linear all-router"},
+    "mla-lora": LORA | EXPERTS | {"modules_to_save": "router output_layer pre_mlp_layernorm"},
+}
 """Flags of a model, in every run of it."""
+
+MODELS |= {name: MODELS[name.removesuffix("-lora")] for name in EXTRA if name.endswith("-lora")}
 
 MAX_LENGTH = 150
 FORMS: dict[str, dict[str, Any]] = {
@@ -118,6 +129,11 @@ class Row:
         """The numbers in the layout, by word."""
         found = (re.fullmatch(r"([a-z]+)(\d+)", word) for word in self.layout.split())
         return {match[1]: int(match[2]) for match in found if match}
+
+    @property
+    def is_lora(self) -> bool:
+        """True if adapters are trained."""
+        return self.model.endswith("-lora")
 
     @property
     def world(self) -> int:
@@ -233,11 +249,53 @@ MLA = """
   tp2 sp cp2 ep2 etp1 | packed    | 2
 """
 
+DENSE_LORA = """
+                   | padded       | 4
+  tp2              | padding_free | 2
+* tp2 recompute    | padded       | 2
+* tp2 sp           | packed       | 1
+  pp2              | padding_free | 2
+* pp2 vpp2         | padded       | 2
+  cp2              | packed       | 2
+  dp2 overlap      | packed       | 2
+  tp2 sp pp2 cp2   | packed       | 1
+"""
+
+DENSE_QK_LORA = """
+  tp2              | padded       | 4
+* tp2 sp pp2       | padding_free | 2
+* cp2 dp2          | packed       | 2
+"""
+
+MOE_LORA = """
+                   | packed       | 2
+* ep2 dp2          | padding_free | 2
+* tp2 sp           | packed       | 2
+* tp2 sp ep2 etp1  | padded       | 2
+  tp2 sp etp2 ep2 dp2 | padding_free | 2
+  pp2 vpp2         | packed       | 1
+  cp2 ep2          | packed       | 2
+  tp2 sp ep2 etp1 pp2 cp2 | packed | 1
+"""
+
+MLA_LORA = """
+                   | padded       | 4
+* tp2 sp           | padding_free | 2
+  tp2 sp ep2 etp1  | packed       | 1
+* pp2 first1 ep2 dp2 | packed     | 2
+  cp2              | padding_free | 2
+  tp2 sp cp2 ep2 etp1 | packed    | 2
+"""
+
 ROWS = [
     *_table("dense", DENSE),
     *_table("dense-qk", DENSE_QK),
     *_table("moe", MOE),
     *_table("mla", MLA),
+    *_table("dense-lora", DENSE_LORA),
+    *_table("dense-qk-lora", DENSE_QK_LORA),
+    *_table("moe-lora", MOE_LORA),
+    *_table("mla-lora", MLA_LORA),
 ]
 
 

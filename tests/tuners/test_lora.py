@@ -1,19 +1,22 @@
-"""LoRA is the same in every layout, and what PEFT computes on the Hugging Face model."""
+"""LoRA is what PEFT computes on the Hugging Face model; tests/matrix/ compares layouts."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.layouts.test_experts import MODELS as EXPERTS
 from tests.layouts.test_training import relative, transformers_loss
+from tests.matrix.lora import beside
+from tests.matrix.lora import write as write_adapters
+from tests.ranks import run_ranks
 from tests.tuners.lora_runs import (
-    PIPELINE,
     SEQUENCE,
-    TENSOR,
     adapters,
     distance,
+    flags,
     log,
     train,
     write_inputs,
@@ -52,76 +55,56 @@ TUNERS: dict[str, dict[str, Any]] = {
     "tied": {
         "target_regex": r"decoder\.layers\.[0-2]\..*(linear_qkv|linear_proj|fc2)",
         "modules_to_save": ["word_embeddings", "pre_mlp_layernorm"],
+        "lora_alpha": 6,
     },
     "moe": {"target_modules": ["all-linear", "all-router"]},
     "mla": {"target_modules": ["all-linear"], "modules_to_save": ["router", "output_layer"]},
-}
-RECOMPUTE = {
-    "recompute_granularity": "full",
-    "recompute_method": "uniform",
-    "recompute_num_layers": 1,
-}
-EXPERT = {"expert_model_parallel_size": 2}
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "biased-tp2": (2, TENSOR | RECOMPUTE),
-    "biased-tp2-sp-pp2": (4, SEQUENCE | PIPELINE),
-    "tied-tp2-sp": (2, SEQUENCE),
-    "tied-pp2-vpp2": (2, PIPELINE | {"virtual_pipeline_model_parallel_size": 2}),
-    "tied-cp2-dp2": (4, {"context_parallel_size": 2}),
-    "moe-ep2": (2, EXPERT),
-    "moe-tp2-sp-ep2-etp1": (2, SEQUENCE | EXPERT | {"expert_tensor_parallel_size": 1}),
-    "moe-tp2-sp-etp2": (2, SEQUENCE),
-    "mla-ep2-pp2": (4, EXPERT | PIPELINE | {"decoder_first_pipeline_num_layers": 1}),
-    "mla-tp2-sp-etp2": (2, SEQUENCE),
 }
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_inputs(tmp_path_factory.mktemp("lora"), MODELS)
-    for model, tuner in TUNERS.items():
-        train(folder, model, f"{model}-alone", **tuner)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("lora"), MODELS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_trains_alike(work: Path, layout: str) -> None:
-    model = layout.partition("-")[0]
-    world, flags = LAYOUTS[layout]
-    found = train(work, model, layout, world, **TUNERS[model], **flags)
-    expected = log(work, f"{model}-alone")
-    assert expected[-1]["lm loss"] < 0.9 * expected[0]["lm loss"]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert relative(ours["lm loss"], theirs["lm loss"]) <= 1e-5
-        assert relative(ours["grad_norm"], theirs["grad_norm"]) <= 1e-5
-    assert distance(adapters(work, layout), adapters(work, f"{model}-alone")) <= 1e-5
+def train_and_keep_start(argv: list[str], start: str) -> None:
+    """`megatron sft` on one rank, which also writes the adapters from before its first step."""
+    from megatron.training import training
 
+    from swiftmeg.args.commands import SftArguments
+    from swiftmeg.args.training import read_training_arguments
+    from swiftmeg.trainers.run import train
 
-def tie(model: Any) -> None:
-    """Give the layers that are one in Megatron one A."""
-    for module in model.modules():
-        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            layers = [getattr(module, name, None) for name in names]
-            if all(hasattr(layer, "lora_A") for layer in layers):
-                for layer in layers[1:]:
-                    layer.lora_A["default"].weight = layers[0].lora_A["default"].weight
+    args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")
+    setup = training.setup_model_and_optimizer
+
+    def watched(*positional: Any, **named: Any) -> Any:
+        made = setup(*positional, **named)
+        write_adapters(args, model, made[0], Path(start))
+        return made
+
+    training.setup_model_and_optimizer = watched
+    train(args, sources, model)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_ten_steps_are_those_of_peft(work: Path, model: str) -> None:
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    start = f"{model}-start"
-    train(work, model, start, lr=0, train_iters=1, **TUNERS[model])
+    start = work / f"{model}-start"
+    argv = flags(work, model, work / f"{model}-alone", TUNERS[model])
+    run_ranks(1, train_and_keep_start, argv, str(start))
     base = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)
-    peft = PeftModel.from_pretrained(base, work / start / "iter_0000001-hf", is_trainable=True)
-    tie(peft)
+    peft = beside(base, start)
+    if model == "tied":
+        assert peft.peft_config["default"].lora_alpha == 6
     trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
     flat = [(p, 0.0 if p.dim() == 1 else 0.01) for p in trained.values()]
     groups = [{"params": [p], "weight_decay": decay} for p, decay in flat]
     adam = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), eps=1e-3)
-    for line in log(work, f"{model}-alone"):
+    lines = log(work, f"{model}-alone")
+    assert lines[-1]["lm loss"] < 0.9 * lines[0]["lm loss"]
+    for line in lines:
         loss = transformers_loss(peft, work / model)
         assert relative(line["lm loss"], loss.item()) <= 1e-4
         loss.backward()
@@ -130,8 +113,6 @@ def test_ten_steps_are_those_of_peft(work: Path, model: str) -> None:
         adam.step()
         adam.zero_grad()
     peft.save_pretrained(work / f"{model}-peft", save_embedding_layers=False)
-    from safetensors.torch import load_file
-
     ours = adapters(work, f"{model}-alone")
     assert distance(ours, load_file(work / f"{model}-peft" / "adapter_model.safetensors")) <= 1e-4
 
@@ -163,12 +144,3 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
     ]
     first, second = adapters(work, "whole", 4), adapters(work, "rest", 4)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def test_alpha_is_the_scale(work: Path) -> None:
-    """It reaches the adapters' config; that both models scale by it, ten steps have shown."""
-    from peft import PeftConfig
-
-    train(work, "tied", "alpha", lr=0, train_iters=1, lora_alpha=6, **TUNERS["tied"])
-    config = PeftConfig.from_pretrained(work / "alpha" / "iter_0000001-hf")
-    assert (config.r, config.lora_alpha) == (4, 6)
