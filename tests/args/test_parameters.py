@@ -452,7 +452,7 @@ MEGATRON: dict[str, Row] = {
         name: ShownBy("tests/tuners/test_lora.py", f'"{name}"')
         for name in ("target_modules", "target_regex", "modules_to_save", "lora_bias", "use_rslora")
     },
-    "lora_alpha": ShownBy("tests/tuners/test_lora.py", "test_alpha_is_the_scale"),
+    "lora_alpha": ShownBy("tests/tuners/test_lora.py", "lora_alpha == 6"),
     "train_type": ShownBy("tests/tuners/lora_runs.py", '"train_type": "lora"'),
     "fp8_format": Sets("hybrid", "fp8"),
     "fp8_recipe": Sets("blockwise", "fp8_recipe", flags=FP8),
