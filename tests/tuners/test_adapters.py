@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.layouts.test_training import load_folder, relative, transformers_loss
+from tests.matrix.mutations import merge_without_scale
 from tests.ranks import run_ranks
 from tests.tuners.lora_runs import PIPELINE, SEQUENCE, TENSOR, adapters, train, words, write_inputs
 from tests.tuners.test_lora import MODELS, TUNERS
@@ -95,6 +96,24 @@ def test_merged_models_compute_what_adapters_did(work: Path, model: str) -> None
     assert one.keys() == other.keys() == load_folder(work / model).keys()
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def export_without_scale(argv: list[str]) -> None:
+    """`swift export` that adds B @ A as it is."""
+    merge_without_scale()
+    export_command(argv)
+
+
+def test_a_wrong_merge_is_refused_and_leaves_nothing(work: Path) -> None:
+    command = {
+        "mcore_adapters": work / "tied-lora",
+        "to_hf": "true",
+        "output_dir": work / "wrong",
+        "test_convert_precision": "true",
+    }
+    with pytest.raises(RuntimeError, match="the merged model and the model with its adapters"):
+        run_ranks(1, export_without_scale, words(command))
+    assert not (work / "wrong").exists()
 
 
 def test_other_ways_out(work: Path) -> None:
