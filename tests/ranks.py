@@ -1,7 +1,9 @@
 """Run a function on N ranks of a gloo job, forked from a server that has imported Megatron."""
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -57,14 +59,21 @@ def rank_main(
     os._exit(0)
 
 
+def free_port() -> int:
+    """A port below those that the system hands out: nobody gets it before rank 0 does."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def run_ranks(
     world: int, function: Callable[..., Any], *args: Any, timeout: float = 240
 ) -> list[Any]:
     """Return every rank's `function(*args)`, which must pickle; raises the first failure."""
     context = fork_context()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
