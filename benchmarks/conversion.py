@@ -3,12 +3,14 @@
     python benchmarks/conversion.py --output bench-conversion
 
 makes a Qwen3-MoE checkpoint of about 4 GB with random bf16 weights in 1 GB files, converts it to
-Megatron and back in one process each, compares the bytes, and prints one line a step. Memory is
-that of all processes of the command that no file backs, the most that was seen at once.
+Megatron and back in one process each, compares the bytes, and prints one line a step. Each
+conversion is timed against a copy made just before it. Memory is that of all processes of the
+command, the most that was seen at once. Times end when the disk has everything.
 """
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -88,41 +90,54 @@ def make(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def anonymous(root: int) -> int:
-    """Bytes of a process and its descendants that no file backs."""
-    total = 0
+def resident(session: int) -> tuple[int, int]:
+    """Bytes in memory of a session's processes: those that no file backs, and all."""
+    anonymous = total = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             text = status.read_text()
             stat = (status.parent / "stat").read_text()
         except OSError:
             continue
-        group = int(stat.rsplit(")", 1)[1].split()[2])
-        if group == root:
-            kinds = re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", text)
-            total += 1024 * sum(map(int, kinds))
-    return total
+        if int(stat.rsplit(")", 1)[1].split()[3]) == session:
+            sizes = dict(re.findall(r"Rss(Anon|Shmem|File):\s+(\d+) kB", text))
+            kinds = {kind: 1024 * int(size) for kind, size in sizes.items()}
+            total += sum(kinds.values())
+            anonymous += sum(kinds.values()) - kinds.get("File", 0)
+    return anonymous, total
 
 
-def watch(name: str, command: list[str]) -> None:
-    """Run a command; print its time and peak memory."""
-    start, peak = time.perf_counter(), 0
+def watch(name: str, command: list[str]) -> float:
+    """Run a command; print its peak memory and return its seconds."""
+    start, peak, most = time.perf_counter(), 0, 0
     with (Path(command[-1]).parent / f"{name.replace(' ', '-')}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         while process.poll() is None:
-            peak = max(peak, anonymous(process.pid))
+            anonymous, total = resident(process.pid)
+            peak, most = max(peak, anonymous), max(most, total)
             time.sleep(0.05)
     if process.returncode:
         sys.exit(f"{name} failed, see {log.name}")
-    print(f"{name}: {time.perf_counter() - start:.1f} s, {peak / 2**30:.2f} GiB", flush=True)
+    os.sync()
+    took = time.perf_counter() - start
+    print(
+        f"{name}: {took:.1f} s, {most / 2**30:.2f} GiB in memory, "
+        f"{peak / 2**30:.2f} GiB of it backed by no file",
+        flush=True,
+    )
+    return took
 
 
-def copy(folder: Path, target: Path) -> None:
-    """Copy a folder's files; print the time."""
+def copy(folder: Path, target: Path) -> float:
+    """Copy a folder's files; print and return the seconds."""
+    os.sync()
     start = time.perf_counter()
     shutil.copytree(folder, target)
-    print(f"copy: {time.perf_counter() - start:.1f} s", flush=True)
+    os.sync()
+    took = time.perf_counter() - start
+    print(f"copy: {took:.1f} s", flush=True)
     shutil.rmtree(target)
+    return took
 
 
 def same(one: Path, other: Path) -> bool:
@@ -150,13 +165,15 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB", flush=True)
     for target in (mcore, back):
         shutil.rmtree(target, ignore_errors=True)
-    copy(model, folder / "copy")
     export = [sys.executable, "-m", "swiftmeg.cli.main", "swift", "export", "--model", str(model)]
-    watch("to mcore", [*export, "--to_mcore", "true", "--output_dir", str(mcore)])
-    watch(
-        "to hf",
-        [*export, "--to_hf", "true", "--mcore_model", str(mcore), "--output_dir", str(back)],
-    )
+    steps = {
+        "to mcore": ["--to_mcore", "true", "--output_dir", str(mcore)],
+        "to hf": ["--to_hf", "true", "--mcore_model", str(mcore), "--output_dir", str(back)],
+    }
+    for name, flags in steps.items():
+        copied = copy(model, folder / "copy")
+        took = watch(name, [*export, *flags])
+        print(f"{name}: {took / copied:.2f} times the copy", flush=True)
     print("the same bytes" if same(model, back) else "NOT THE SAME", flush=True)
 
 

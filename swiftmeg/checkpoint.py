@@ -68,18 +68,32 @@ def damaged(iteration: Path, share: int = 0, shares: int = 1) -> str | None:
     """
     entries = sorted(_index(iteration), key=lambda each: (each.relative_path, each.offset))
     for entry in entries[share::shares]:
-        path = iteration / entry.relative_path
-        with path.open("rb") as file:
-            file.seek(entry.offset)
-            content = file.read(entry.length)
         try:
-            with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                bad = archive.testzip()
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OSError):
-            bad = "its index"
-        if bad is not None:
-            return f"{path} is damaged: bytes {entry.offset} to {entry.offset + entry.length}"
+            read_entry(iteration, entry)
+        except UserError as error:
+            return str(error)
     return None
+
+
+def read_entry(iteration: Path, entry: Any) -> io.BytesIO:
+    """One entry of the index, read once and checked; UserError, naming the file, if it is damaged.
+
+    `entry` has relative_path, offset and length (bytes).
+    """
+    path = iteration / entry.relative_path
+    with path.open("rb") as file:
+        file.seek(entry.offset)
+        content = io.BytesIO(file.read(entry.length))
+    try:
+        with zipfile.ZipFile(content) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OSError):
+        bad = "its index"
+    if bad is not None:
+        end = entry.offset + entry.length
+        raise UserError(f"{path} is damaged: bytes {entry.offset} to {end}")
+    content.seek(0)
+    return content
 
 
 def _index(iteration: Path) -> list[Any]:

@@ -68,16 +68,13 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
     args.model, args.output_dir = str(model.folder), str(target)
     platform.prepare()
-    from swiftmeg.export.load import load_hf
-    from swiftmeg.export.model import (
-        build_model,
-        check_same_model,
-        load_mcore,
-        save_mcore,
-        saved_arguments,
-    )
+    from swiftmeg.export.load import HFSupply
+    from swiftmeg.export.model import build_model, check_same_model, save_mcore, saved_arguments
+    from swiftmeg.export.ondemand import OnDemand, Supply, Weights, Whole, fill_all
     from swiftmeg.export.precision import compare_logits
     from swiftmeg.export.save import save_hf
+    from swiftmeg.export.stored import CheckpointSupply
+    from swiftmeg.export.weights import HFWeights
     from swiftmeg.models.build import dims_of
 
     distributed.initialize()
@@ -85,14 +82,22 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if first:
         print(describe(args, sources), flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    megatron, models = build_model(args, model, target.parent)
+    megatron, models = build_model(args, model)
     dims = dims_of(megatron)
+    supply: Supply
     if args.to_mcore:
-        load_hf(models, model.folder, model.family, model.config, dims)
+        hf_weights = HFWeights(model.folder, model.config)
+        supply = HFSupply(hf_weights, model.family, model.config, dims)
     else:
         folder = Path(args.mcore_model)
         check_same_model(megatron, saved_arguments(folder), model, "--mcore_model", folder)
-        load_mcore(models, args.mcore_model)
+        supply = CheckpointSupply(models, folder)
+    weights: Weights
+    if args.test_convert_precision:
+        fill_all(models, supply)
+        weights = Whole()
+    else:
+        weights = OnDemand(models, supply)
     with unfinished_folder(target) as unfinished:
         if args.to_hf:
             save_hf(
@@ -105,13 +110,14 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
                 dtype=megatron.params_dtype,
                 max_shard_bytes=max_shard_bytes,
                 overrides=model.overrides,
+                weights=weights,
             )
         if args.test_convert_precision:
             reference = model.folder if args.to_mcore else unfinished
             config = model.hf_config if args.to_mcore else None
             compare_logits(models, reference, model.tokenizer(), dims.vocab_size, config)
         if args.to_mcore:
-            save_mcore(models, unfinished)
+            save_mcore(models, unfinished, weights)
         if first:
             _write_args(unfinished, args, sources)
     distributed.barrier()

@@ -6,6 +6,9 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.initialize import initialize_megatron
@@ -14,7 +17,8 @@ from swiftmeg import platform, upstream
 from swiftmeg.args.parse import layout_attributes, megatron_namespace, model_flags
 from swiftmeg.checkpoint import folder_name, read_iteration
 from swiftmeg.errors import UserError
-from swiftmeg.export.backing import back_by_files
+from swiftmeg.export.ondemand import Weights, Whole, fill_all
+from swiftmeg.export.stored import CheckpointSupply
 from swiftmeg.export.streaming import StreamingSave
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel
@@ -36,13 +40,11 @@ _SHAPES = (
 """Arguments that decide which parameters a model has, and their shapes."""
 
 
-def build_model(
-    args: Any, model: HFModel, scratch: Path | None = None
-) -> tuple[argparse.Namespace, list[Any]]:
+def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any]]:
     """Build this rank's chunks of `model` with native layers; sets Megatron's globals.
 
     `args` needs torch_dtype, the tensor- and pipeline-parallel sizes and extra_megatron_kwargs.
-    Weights on the CPU, which have no values yet, go to files in the folder `scratch`.
+    The weights have no values yet.
     """
     namespace = conversion_namespace(args, model)
     if not mpu.model_parallel_is_initialized():
@@ -52,8 +54,6 @@ def build_model(
     builder = config.get_builder_cls()(config)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     models = builder.build_distributed_models(groups, wrap_with_ddp=False)
-    if scratch is not None:
-        back_by_files(models, scratch)
     return namespace, models
 
 
@@ -128,11 +128,8 @@ def check_same_model(
 
 
 def load_mcore(models: list[Any], folder: str | Path) -> None:
-    """Fill `models` from a Megatron checkpoint of any layout."""
-    from megatron.training import get_args
-
-    get_args().load = str(folder)
-    checkpointing.load_checkpoint(models, None, None)
+    """Fill `models` from a Megatron checkpoint of any layout; collective."""
+    fill_all(models, CheckpointSupply(models, Path(folder)))
 
 
 def load_weights(models: list[Any], folder: str | Path) -> list[Any]:
@@ -151,10 +148,15 @@ def load_weights(models: list[Any], folder: str | Path) -> list[Any]:
     return models
 
 
-def save_mcore(models: list[Any], folder: str | Path) -> None:
-    """Write `models` as iteration 1 of a Megatron checkpoint."""
+def save_mcore(models: list[Any], folder: str | Path, weights: Weights | None = None) -> None:
+    """Write `models` as iteration 1 of a Megatron checkpoint; collective.
+
+    `weights` knows the values of weights that have none yet.
+    """
     from megatron.training import get_args
 
     get_args().save = str(folder)
-    context = {"save_strategy": StreamingSave()}
+    ranks = mpu.get_data_parallel_group(with_context_parallel=True)
+    strategy = FullyParallelSaveStrategyWrapper(StreamingSave(weights or Whole()), ranks)
+    context = {"save_strategy": strategy}
     checkpointing.save_checkpoint(1, models, None, None, 0, checkpointing_context=context)

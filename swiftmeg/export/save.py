@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from swiftmeg.export.load import OUTPUT
+from swiftmeg.export.ondemand import Weights, Whole
 from swiftmeg.export.owners import Share, shares
 from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
 from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files
@@ -58,15 +59,17 @@ def save_hf(
     dtype: torch.dtype,
     max_shard_bytes: int = 5 * 10**9,
     overrides: dict[str, Any] | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Write the model's weights as `dtype` safetensors into `folder`, files of `source` beside.
 
     Every rank writes a share of its own at the same time, one tensor in memory. Collective: all
     ranks call it. Vocabulary padding and copies (tied heads, data-parallel replicas) are left out.
-    The folder appears under its name when it is complete.
+    The folder appears under its name when it is complete. `weights` knows the values of weights
+    that have none yet.
     """
     plan = {each.mcore: each for each in family.plan(config)}
-    weights = [live for live in live_weights(models) if live.name != OUTPUT or OUTPUT in plan]
+    written = [live for live in live_weights(models) if live.name != OUTPUT or OUTPUT in plan]
     first = torch.distributed.get_rank() == 0
     unfinished = folder.parent / f".{folder.name}{UNFINISHED}"
     if first:
@@ -75,7 +78,9 @@ def save_hf(
         copy_model_files(source, unfinished, dtype, overrides or {})
     torch.distributed.barrier()
     try:
-        index = _write_share(weights, unfinished, plan, dims, dtype, max_shard_bytes)
+        values = weights or Whole()
+        with values.in_turn():
+            index = _write_share(written, values, unfinished, plan, dims, dtype, max_shard_bytes)
         torch.distributed.barrier()
         if first:
             if len(set(index["weight_map"].values())) > 1:
@@ -90,6 +95,7 @@ def save_hf(
 
 def _write_share(
     weights: list[LiveWeight],
+    values: Weights,
     folder: Path,
     plan: dict[str, Row],
     dims: Dims,
@@ -107,7 +113,7 @@ def _write_share(
     writers: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(writers, infos)
     files, index = assign_files(writers, max_shard_bytes)
-    tensors = _hf_tensors(weights, mine, plan, dims, dtype)
+    tensors = _hf_tensors(weights, values, mine, plan, dims, dtype)
     write_files(folder, files[torch.distributed.get_rank()], tensors)
     return index
 
@@ -146,6 +152,7 @@ def hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) ->
 
 def _hf_tensors(
     weights: list[LiveWeight],
+    values: Weights,
     mine: list[Share],
     plan: dict[str, Row],
     dims: Dims,
@@ -155,6 +162,7 @@ def _hf_tensors(
     for live, share in zip(weights, mine, strict=True):
         if not share.gathers:
             continue
+        values.values(live.tensor)
         shards = gather_shards(live, share.place)
         if not share.writes:
             continue

@@ -7,24 +7,86 @@ conversion has nothing to go on with.
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from swiftmeg.errors import UserError
+from swiftmeg.export.archive import write_tensor
+from swiftmeg.export.ondemand import Weights
 
 
 class StreamingSave(torch_dist.TorchDistSaveShardedStrategy):
-    """Write a torch_dist checkpoint with torch's own writer: one tensor in memory at a time."""
+    """Write a torch_dist checkpoint with torch's planning and one weight in memory at a time."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._weights = weights
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Write this rank's shards of `sharded_state_dict`; collective."""
+        """Write this rank's shards of `sharded_state_dict`; collective.
+
+        UserError, on every rank, for what the weights' source finds wrong.
+        """
         entries, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
         )
-        checkpoint.save(
-            torch_dist.mcore_to_pyt_state_dict(entries, False),
-            storage_writer=checkpoint.FileSystemWriter(checkpoint_dir, sync_files=False),
-            planner=torch_dist.MCoreSavePlanner(
-                dedup_replicated_tensors=not self.keep_only_main_replica,
-                flatten_state_dict=False,
-                flatten_sharded_tensors=False,
-            ),
+        planned = torch_dist.mcore_to_pyt_state_dict(entries, False)
+        planner = _Planner(entries, self._weights)
+        try:
+            with self._weights.in_turn():
+                checkpoint.save(planned, storage_writer=_Writer(checkpoint_dir), planner=planner)
+        except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                if isinstance(cause, UserError):
+                    raise cause from None
+            raise
+
+
+class _Planner(torch_dist.MCoreSavePlanner):
+    """Megatron's plan, whose tensors get their values when their turn comes."""
+
+    def __init__(self, entries: dict[str, list[Any]], weights: Weights) -> None:
+        super().__init__(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         )
+        self._weights = weights
+        self._tensors = {
+            (key, tuple(shard.global_offset)): shard.data
+            for key, shards in entries.items()
+            for shard in shards
+            if isinstance(shard, ShardedTensor)
+        }
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return super().resolve_data(write_item)
+        index = write_item.index
+        return self._weights.values(self._tensors[index.fqn, tuple(index.offset or ())])
+
+
+class _Writer(checkpoint.FileSystemWriter):
+    """torch's writer without its second copy of views and its hold on what is written."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results = []
+        with (Path(self.path) / name).open("wb") as file:
+            for item in plan.items:
+                start = file.tell()
+                data: Any = planner.resolve_data(item)
+                if item.type == WriteItemType.BYTE_IO:
+                    file.write(data.getbuffer())
+                else:
+                    write_tensor(data.detach().cpu(), file)
+                length = file.tell() - start
+                place = _StorageInfo(name, start, length)
+                results.append(WriteResult(item.index, length, place))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done

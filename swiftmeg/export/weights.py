@@ -18,6 +18,10 @@ _BASE_MODEL = ("embed_tokens.", "layers.", "norm.")
 """How names begin in a folder that was saved without the head, and so without the prefix."""
 
 
+MAPPED_BYTES = 2**25
+"""After how much has been read files are opened anew."""
+
+
 class HFWeights:
     """Read-only view of a folder's safetensors; memory-mapped, so only what is touched is read.
 
@@ -32,6 +36,7 @@ class HFWeights:
         self.folder = Path(folder)
         self.block = block_size(config or {})
         self._open: dict[str, Any] = {}
+        self._mapped = 0
         self._places: dict[str, tuple[str, str]] = {}
         """Name -> file and the name in it."""
         files = self._files()
@@ -96,6 +101,10 @@ class HFWeights:
         file, stored = self._places[name]
         try:
             tensor: torch.Tensor = self._handle(file).get_tensor(stored)
+            self._mapped += tensor.nbytes
+            if self._mapped > MAPPED_BYTES:  # what has been read stays in memory until it is closed
+                self._open.clear()
+                self._mapped = 0
             return tensor
         except SafetensorError as error:
             path = self.folder / file

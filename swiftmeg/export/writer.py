@@ -1,5 +1,6 @@
 """Write safetensors files of a Hugging Face folder one tensor at a time, by many ranks at once."""
 
+import ctypes
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,5 +103,6 @@ def _write_file(
             found = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
             assert found == expected, f"{found} came where {expected} was planned"
             out.seek(8 + len(text) + header[name]["data_offsets"][0])
-            data = tensor.contiguous().flatten().view(torch.uint8)
-            out.write(memoryview(data.numpy()))
+            data = tensor.contiguous()
+            # numpy() would bind the memory for good, which others want to give back.
+            out.write((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))

@@ -1,0 +1,132 @@
+"""The weights of a Megatron checkpoint, read one at a time into live models of any layout."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from swiftmeg.checkpoint import read_entry, read_iteration
+from swiftmeg.errors import UserError
+from swiftmeg.export.ondemand import storage_of
+from swiftmeg.export.shards import LiveWeight
+from swiftmeg.export.weights import listed
+
+_NOT_WEIGHTS = "optimizer."
+"""How the names of what a run keeps beside its weights begin."""
+
+
+class CheckpointSupply:
+    """The weights of one iteration, cut as they are needed, whatever layout wrote them.
+
+    Megatron's own reader fills all of a model and holds a second copy of much of it. This one reads
+    what a single weight needs, checks it against its checksum and writes it into the weight.
+    """
+
+    def __init__(self, models: list[Any], folder: Path) -> None:
+        self._folder = folder / read_iteration(folder)
+        self._index = FileSystemReader(self._folder).read_metadata()
+        content = dist_checkpointing.load_content_metadata(
+            preloaded_state_dict=load_common_state_dict(self._folder)
+        )
+        ranks = mpu.get_data_parallel_group(with_context_parallel=True)
+        metadata = {**(content or {}), "dp_cp_group": ranks}
+        self._used: set[str] = set()
+        self._by_place: dict[str, dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        self._entries: dict[int, list[ShardedTensor]] = defaultdict(list)
+        for chunk in unwrap_model(models):
+            entries, _, _ = load_preprocess(chunk.sharded_state_dict(metadata=metadata))
+            for entry in nested_values(entries):
+                if isinstance(entry, ShardedTensor):
+                    self._entries[storage_of(entry.data)].append(entry)
+
+    def fill(self, live: LiveWeight) -> None:
+        """Read one weight; UserError, naming entry or file, if it is not there or damaged."""
+        for entry in self._entries[storage_of(live.tensor)]:
+            self._read(entry)
+
+    def finish(self) -> None:
+        """UserError if the checkpoint holds weights that no rank took; collective."""
+        taken: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(taken, self._used)
+        found = {
+            name
+            for name, each in self._index.state_dict_metadata.items()
+            if isinstance(each, TensorStorageMetadata) and not name.startswith(_NOT_WEIGHTS)
+        }
+        if left := found.difference(*taken):
+            raise UserError(
+                f"{self._folder}: no parameter took the weights of {listed(left)}: "
+                "name the model that the checkpoint comes from"
+            )
+
+    def _read(self, entry: ShardedTensor) -> None:
+        stored = self._index.state_dict_metadata.get(entry.key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise UserError(f"{self._folder} holds no weight {entry.key}, which the model has")
+        if tuple(stored.size) != tuple(entry.global_shape) and not entry.allow_shape_mismatch:
+            raise UserError(
+                f"{self._folder}: {entry.key} is {tuple(stored.size)}, but the model's is "
+                f"{tuple(entry.global_shape)}"
+            )
+        self._used.add(entry.key)
+        data = entry.data.detach().view((1,) * entry.prepend_axis_num + tuple(entry.local_shape))
+        if entry.allow_shape_mismatch:
+            data.zero_()  # the vocabulary's padding, of which there may be more than was stored
+        filled = 0
+        for item in self._items(entry, stored, data.shape):
+            piece = _part(self._archive(item), item.storage_offsets, item.lengths)
+            _part(data, item.dest_offsets, item.lengths).copy_(piece)
+            filled += piece.numel()
+        if filled != data.numel() and not entry.allow_shape_mismatch:
+            raise UserError(f"{self._folder}: parts of {entry.key} are missing")
+
+    def _items(
+        self, entry: ShardedTensor, stored: TensorStorageMetadata, shape: torch.Size
+    ) -> list[ReadItem]:
+        """What to read of which stored pieces for an entry's part of its tensor."""
+        axes = entry.prepend_axis_num
+        near = self._pieces(entry.key, stored, axes)[tuple(entry.global_offset)[:axes]]
+        wanted = ChunkStorageMetadata(torch.Size(entry.global_offset), shape)
+        return create_read_items_for_chunk_list(
+            entry.key, dataclasses.replace(stored, chunks=near), [wanted]
+        )
+
+    def _pieces(
+        self, key: str, stored: TensorStorageMetadata, axes: int
+    ) -> dict[tuple[int, ...], list[ChunkStorageMetadata]]:
+        """The stored pieces of a tensor by their place on the first axes: layers and experts.
+
+        Looking through all for each would take minutes where there are thousands.
+        """
+        if key not in self._by_place:
+            found = self._by_place[key] = defaultdict(list)
+            for piece in stored.chunks:
+                assert all(size == 1 for size in piece.sizes[:axes]), f"{key}: {piece}"
+                found[tuple(piece.offsets)[:axes]].append(piece)
+        return self._by_place[key]
+
+    def _archive(self, item: ReadItem) -> torch.Tensor:
+        place = self._index.storage_data[item.storage_index]
+        content = read_entry(self._folder, place)
+        tensor: torch.Tensor = torch.load(content, map_location="cpu", weights_only=True)
+        return tensor
+
+
+def _part(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+    """The block of a tensor that begins at `offsets`, a view."""
+    for axis, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(axis, offset, length)
+    return tensor
