@@ -90,7 +90,7 @@ class ConversionArguments:
     """Folder to write. None: {model name}-mcore, {checkpoint name}-hf, or {adapters' name}-merged
     or -peft."""
     exist_ok: bool = False
-    """Write into a folder that is not empty."""
+    """Replace a folder that is not empty: its weights, and what the result has too."""
     test_convert_precision: bool = False
     """Compare both models' fp32 logits on a chat sample; fail and write nothing where they differ
     by more than a thousandth of the largest logit."""

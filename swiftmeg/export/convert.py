@@ -12,6 +12,7 @@ from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
 from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
+from swiftmeg.export.place import take_place
 from swiftmeg.models.hf import UNFINISHED, HFModel
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -126,7 +127,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder beside `target` whose content is moved there if all goes well; collective."""
+    """A hidden folder beside `target` that takes its place if all goes well; collective."""
     unfinished = target.parent / f".{target.name}{UNFINISHED}"
     first = distributed.on_rank_zero()
     try:
@@ -135,7 +136,7 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
         yield unfinished
         if first:
-            _move_into(unfinished, target)
+            take_place(unfinished, target)
             print(f"written to {target}", flush=True)
     finally:
         if first:
@@ -149,14 +150,3 @@ def _write_args(folder: Path, args: Any, sources: dict[str, str]) -> None:
         shutil.copyfile(trained, folder / ARGS_FILE)
     else:
         write_args_file(folder, args, sources)
-
-
-def _move_into(unfinished: Path, target: Path) -> None:
-    """Put every entry of `unfinished` into `target`, replacing what is there, and remove it."""
-    target.mkdir(parents=True, exist_ok=True)
-    for entry in unfinished.iterdir():
-        place = target / entry.name
-        if place.is_dir():
-            shutil.rmtree(place)
-        entry.replace(place)
-    unfinished.rmdir()

@@ -12,6 +12,7 @@ import torch
 from swiftmeg.export.load import OUTPUT
 from swiftmeg.export.ondemand import Weights, Whole
 from swiftmeg.export.owners import Share, shares
+from swiftmeg.export.place import take_place
 from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
 from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files
 from swiftmeg.models.family import Family, HFConfig, Row
@@ -116,16 +117,6 @@ def _write_share(
     tensors = _hf_tensors(weights, values, mine, plan, dims, dtype)
     write_files(folder, files[torch.distributed.get_rank()], tensors)
     return index
-
-
-def take_place(unfinished: Path, folder: Path) -> None:
-    """Give a complete folder its name; what had the name goes away only then."""
-    previous = folder.parent / f".{folder.name}.previous"
-    shutil.rmtree(previous, ignore_errors=True)
-    if folder.exists():
-        folder.rename(previous)
-    unfinished.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _dtype(row: Row, dtype: torch.dtype) -> torch.dtype:
