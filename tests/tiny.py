@@ -9,7 +9,9 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Glm4Config,
+    GptOssConfig,
     LlamaConfig,
+    MistralConfig,
     Olmo2Config,
     OlmoeConfig,
     PreTrainedTokenizerFast,
@@ -42,6 +44,8 @@ CONFIGS = {
     "qwen2_moe": Qwen2MoeConfig,
     "deepseek_v3": DeepseekV3Config,
     "glm4": Glm4Config,
+    "gpt_oss": GptOssConfig,
+    "mistral": MistralConfig,
     "olmo2": Olmo2Config,
     "olmoe": OlmoeConfig,
 }

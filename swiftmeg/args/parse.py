@@ -37,7 +37,7 @@ def model_flags(megatron_args: dict[str, Any]) -> dict[str, Any]:
         "group_query_attention": not flags.get("multi_latent_attention"),
         "normalization": "RMSNorm",
         "position_embedding_type": "rope",
-        "swiglu": True,
+        "swiglu": not flags.get("quick_geglu"),
         "disable_bias_linear": True,
     }
 

@@ -1,8 +1,10 @@
 """Write a live Megatron model, in whatever layout it has, as a Hugging Face folder."""
 
+import dataclasses
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from swiftmeg.export.ondemand import Weights, Whole
 from swiftmeg.export.owners import Share, shares
 from swiftmeg.export.place import take_place
 from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
-from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files
+from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files, write_slices
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.hf import UNFINISHED
 from swiftmeg.models.layout import Dims
@@ -104,19 +106,43 @@ def _write_share(
     max_shard_bytes: int,
 ) -> dict[str, Any]:
     """Write this rank's files; returns the index over the files of all ranks."""
-    mine = shares(weights)
+    mine = list(zip(weights, shares(weights), strict=True))
+    wholes = [(live, share) for live, share in mine if not plan[live.name].is_slice]
+    slices = [(live, share) for live, share in mine if plan[live.name].is_slice]
     infos = [
         info
-        for live, share in zip(weights, mine, strict=True)
+        for live, share in wholes
         if share.writes
         for info in hf_tensors_of(live, plan[live.name], dims, dtype)
     ]
+    stacks = _stacks(slices, plan, dims, dtype)
     writers: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(writers, infos)
-    files, index = assign_files(writers, max_shard_bytes)
-    tensors = _hf_tensors(weights, values, mine, plan, dims, dtype)
-    write_files(folder, files[torch.distributed.get_rank()], tensors)
+    files, index = assign_files([*writers, stacks], max_shard_bytes)
+    tensors = _hf_tensors(wholes, values, plan, dims, dtype)
+    write_files(
+        folder,
+        files[torch.distributed.get_rank()],
+        ((name, tensor) for _, name, tensor in tensors),
+    )
+    parts = _hf_tensors(slices, values, plan, dims, dtype)
+    write_slices(folder, files[-1], ((name, row.expert, part) for row, name, part in parts))
     return index
+
+
+def _stacks(
+    slices: list[tuple[LiveWeight, Share]], plan: dict[str, Row], dims: Dims, dtype: torch.dtype
+) -> list[TensorInfo]:
+    """The tensors that hold all experts of a layer, of which ranks write slices; collective."""
+    counts = Counter(row.stack for row in plan.values() if row.is_slice)
+    found = {}
+    for live, _ in slices:
+        (info,) = hf_tensors_of(live, plan[live.name], dims, dtype)
+        shape = (counts[info.name], *info.shape)
+        found[info.name] = dataclasses.replace(info, shape=shape)
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranks, found)
+    return list({name: info for rank in ranks for name, info in rank.items()}.values())
 
 
 def _dtype(row: Row, dtype: torch.dtype) -> torch.dtype:
@@ -142,15 +168,14 @@ def hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) ->
 
 
 def _hf_tensors(
-    weights: list[LiveWeight],
+    weights: list[tuple[LiveWeight, Share]],
     values: Weights,
-    mine: list[Share],
     plan: dict[str, Row],
     dims: Dims,
     dtype: torch.dtype,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[Row, str, torch.Tensor]]:
     """The full HF tensors that this rank writes; it takes part in gathering those of its peers."""
-    for live, share in zip(weights, mine, strict=True):
+    for live, share in weights:
         if not share.gathers:
             continue
         values.values(live.tensor)
@@ -160,4 +185,4 @@ def _hf_tensors(
         row = plan[live.name]
         parts = row.layout.split(row.layout.unshard(shards, live.axis), dims)
         for names, part in zip(_names(row), parts, strict=True):
-            yield from ((name, part.to(_dtype(row, dtype))) for name in names)
+            yield from ((row, name, part.to(_dtype(row, dtype))) for name in names)

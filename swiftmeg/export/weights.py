@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.fp8 import FP8, SCALE, block_size, dequantise
+from swiftmeg.export.mxfp4 import BLOCKS, SCALES, is_mxfp4
+from swiftmeg.export.mxfp4 import dequantise as dequantise_mxfp4
 from swiftmeg.export.writer import INDEX
 from swiftmeg.models.family import Family, HFConfig, Row
 
@@ -34,7 +36,10 @@ class HFWeights:
 
     def __init__(self, folder: str | Path, config: HFConfig | None = None) -> None:
         self.folder = Path(folder)
-        self.block = block_size(config or {})
+        self.packed: set[str] = set()
+        """Tensors that are stored as MXFP4 blocks and scales."""
+        mxfp4 = is_mxfp4(config or {})
+        self.block = None if mxfp4 else block_size(config or {})
         self._open: dict[str, Any] = {}
         self._mapped = 0
         self._places: dict[str, tuple[str, str]] = {}
@@ -44,6 +49,9 @@ class HFWeights:
         for name, file in files.items():
             prefix = _PREFIX if bare and name.startswith(_BASE_MODEL) else ""
             self._places[prefix + name] = file, name
+        if mxfp4:
+            bases = {name.removesuffix(BLOCKS) for name in self._places if name.endswith(BLOCKS)}
+            self.packed = {name for name in bases if name + SCALES in self._places}
 
     def _files(self) -> dict[str, str]:
         """Map each tensor name to its file."""
@@ -77,7 +85,9 @@ class HFWeights:
 
     def names(self) -> set[str]:
         """Every tensor name in the folder; scales belong to the tensors that they scale."""
-        return {name for name in self._places if not self._is_scale(name)}
+        parts = {name + part for name in self.packed for part in (BLOCKS, SCALES)}
+        stored = {name for name in self._places if not self._is_scale(name)}
+        return stored - parts | self.packed
 
     def _is_scale(self, name: str) -> bool:
         is_scale = self.block is not None and name.endswith(SCALE)
@@ -111,10 +121,35 @@ class HFWeights:
             raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
 
     def parts(self, row: Row) -> list[torch.Tensor]:
-        """The HF tensors of a row, or the one tensor that they are joined in."""
-        if row.stack is None or row.hf[0] in self._places:
+        """The HF tensors of a row, or its slice of the one tensor that all experts are in."""
+        if row.stack is None or (row.hf[0] in self._places and not row.is_slice):
             return [self.read(name) for name in row.hf]
-        return list(self._stored(row.stack)[row.expert].chunk(len(row.hf)))
+        return list(self._expert(row.stack, row.expert).chunk(len(row.hf)))
+
+    def experts(self, stack: str) -> int:
+        """How many experts' weights a tensor holds."""
+        file, stored = self._places[stack + SCALES if stack in self.packed else stack]
+        return int(self._handle(file).get_slice(stored).get_shape()[0])
+
+    def _expert(self, stack: str, number: int) -> torch.Tensor:
+        """One expert's slice; those stored as MXFP4 are [out, in], but [in, out] elsewhere."""
+        if stack not in self.packed:
+            return self._slice(stack, number)
+        blocks, scales = (self._slice(stack + part, number) for part in (BLOCKS, SCALES))
+        try:
+            return dequantise_mxfp4(blocks, scales).t()
+        except ValueError as error:
+            path = self.folder / self._places[stack + BLOCKS][0]
+            raise UserError(f"{path}: tensor {stack} cannot be dequantised ({error})") from None
+
+    def _slice(self, name: str, number: int) -> torch.Tensor:
+        file, stored = self._places[name]
+        try:
+            tensor: torch.Tensor = self._handle(file).get_slice(stored)[number : number + 1][0]
+            return tensor
+        except SafetensorError as error:
+            path = self.folder / file
+            raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
 
 
 def listed(names: set[str]) -> str:
@@ -136,12 +171,12 @@ def check_names(family: Family, config: HFConfig, weights: HFWeights) -> list[Ro
     stacks: Counter[str] = Counter()
     for row in plan:
         found -= set(row.copies)
-        if row.stack in found and not found.intersection(row.hf):
+        if row.stack in found and (row.is_slice or not found.intersection(row.hf)):
             stacks[row.stack] += 1
         else:
             wanted.update(row.hf)
     for name, experts in stacks.items():
-        if (there := len(weights.read(name))) != experts:
+        if (there := weights.experts(name)) != experts:
             raise UserError(
                 f"{weights.folder}: {name} holds {there} experts, but config.json says {experts}: "
                 "make the two agree"

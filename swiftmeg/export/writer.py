@@ -2,10 +2,11 @@
 
 import ctypes
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -85,6 +86,39 @@ def _write_file(
 
     The safetensors library needs all tensors of a file in memory; its format does not.
     """
+    start, places = _header(content)
+    with path.open("wb") as out:
+        out.write(start)
+        for expected in content:
+            name, tensor = next(tensors)
+            found = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
+            assert found == expected, f"{found} came where {expected} was planned"
+            out.seek(places[name])
+            _write(out, tensor)
+
+
+def write_slices(
+    folder: Path, plan: list[FilePlan], slices: Iterator[tuple[str, int, torch.Tensor]]
+) -> None:
+    """Write parts [number] of the tensors in `plan`, whose other parts other ranks write.
+
+    Every rank that has a part of a file writes the same header.
+    """
+    places: dict[str, tuple[Path, int]] = {}
+    starts: dict[Path, bytes] = {}
+    for file, content in plan:
+        starts[folder / file], found = _header(content)
+        places |= {name: (folder / file, place) for name, place in found.items()}
+    for name, number, tensor in slices:
+        path, place = places[name]
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as out:
+            out.write(starts[path])
+            out.seek(place + number * tensor.nbytes)
+            _write(out, tensor)
+
+
+def _header(content: list[TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and the place in it of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for info in sorted(content, key=lambda info: -info.dtype.itemsize):
@@ -96,13 +130,12 @@ def _write_file(
         end += info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for expected in content:
-            name, tensor = next(tensors)
-            found = TensorInfo(name, tuple(tensor.shape), tensor.dtype)
-            assert found == expected, f"{found} came where {expected} was planned"
-            out.seek(8 + len(text) + header[name]["data_offsets"][0])
-            data = tensor.contiguous()
-            # numpy() would bind the memory for good, which others want to give back.
-            out.write((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+    first = 8 + len(text)
+    places = {info.name: first + header[info.name]["data_offsets"][0] for info in content}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def _write(out: BinaryIO, tensor: torch.Tensor) -> None:
+    data = tensor.contiguous()
+    # numpy() would bind the memory for good, which others want to give back.
+    out.write((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))

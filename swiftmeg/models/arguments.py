@@ -18,6 +18,8 @@ class LayerSwitches:
     """A bias on the projection after attention."""
     mlp_bias: bool = False
     """Biases in the dense MLP."""
+    expert_bias: bool = False
+    """Biases in experts and their router."""
     norm_before: bool = True
     """Norms of what enters attention and MLP."""
     norm_after: bool = False
@@ -73,11 +75,25 @@ def rotary_percent(config: HFConfig) -> float:
     return float(nested.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
-def dense_args(config: HFConfig) -> dict[str, Any]:
-    """What all pre-norm RMSNorm + SwiGLU decoders share."""
+def window_args(config: HFConfig) -> dict[str, Any]:
+    """Layers in which a token sees itself and the `sliding_window` - 1 tokens before it."""
+    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise refuse("layer_types", unknown.pop(), "full_attention or sliding_attention")
+    window = config.get("sliding_window")
+    if window is None or "sliding_attention" not in kinds:
+        return {}
+    return {
+        "window_size": f"{window - 1},0",
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds],
+    }
+
+
+def dense_args(config: HFConfig, windows: bool = False) -> dict[str, Any]:
+    """What all RMSNorm + SwiGLU decoders share; `windows` for families that may attend in some."""
     rope_type(config)
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        raise refuse("layer_types", "sliding_attention", "full_attention")
+    if not windows and (other := set(config.get("layer_types") or ()) - {"full_attention"}):
+        raise refuse("layer_types", other.pop(), "full_attention")
     heads = config["num_attention_heads"]
     if config.get("hidden_act", "silu") != "silu":
         raise refuse("hidden_act", config["hidden_act"], "silu")
@@ -94,6 +110,7 @@ def dense_args(config: HFConfig) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "rotary_base": rope_theta(config),
         "attention_dropout": config.get("attention_dropout") or 0.0,
+        **(window_args(config) if windows else {}),
     }
 
 

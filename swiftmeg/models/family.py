@@ -35,7 +35,8 @@ class Row:
     copies: tuple[str, ...] = ()
     """HF tensors that repeat the only one in `hf`; they are written, and need not be there."""
     stack: str | None = None
-    """An HF tensor [experts, ...] that holds this row's joined tensors, where `hf` are not."""
+    """An HF tensor [experts, ...] that holds this row's joined tensors, where `hf` are not; always
+    where it is all of `hf`."""
 
     def at(self, **numbers: int) -> "Row":
         """The row with its placeholders filled: `at(i=3, e=7)`."""
@@ -51,6 +52,11 @@ class Row:
             hf=tuple(fill(name) for name in self.hf),
             stack=self.stack and fill(self.stack),
         )
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether the HF tensor holds all experts, in what is written too."""
+        return self.hf == (self.stack,)
 
     @property
     def expert(self) -> int:
@@ -160,6 +166,8 @@ _OPTIONAL: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
     (r".*\.k_layernorm\.weight", lambda a: not _is_mla(a) and a.get("qk_layernorm")),
     (r".*shared_experts\.gate_weight", lambda a: a.get("moe_shared_expert_gate")),
     (r".*shared_experts\..*", lambda a: a.get("moe_shared_expert_intermediate_size")),
+    (r".*core_attention\.softmax_offset", lambda a: a.get("softmax_type") == "learnable"),
+    (r".*experts\.linear_fc[12]\.bias.*|.*router\.bias", lambda a: a.get("expert_bias")),
     (r".*router\.expert_bias", lambda a: a.get("moe_router_enable_expert_bias")),
     (r".*linear_fc[12]\.bias", lambda a: a.get("mlp_bias")),
 )

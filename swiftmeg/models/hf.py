@@ -46,9 +46,11 @@ class HFModel:
 
     @property
     def dtype(self) -> str:
-        """Name of the dtype that config.json states; float32 if it states none."""
-        dtype = getattr(self.hf_config, "dtype", None)
-        return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+        """Name of the dtype that config.json states; if it states none, float32, or bfloat16 for
+        quantised weights."""
+        if (dtype := getattr(self.hf_config, "dtype", None)) is not None:
+            return str(dtype).removeprefix("torch.")
+        return "bfloat16" if self.config.get("quantization_config") else "float32"
 
     def tokenizer(self) -> Any:
         """The folder's tokenizer; UserError if there is none."""

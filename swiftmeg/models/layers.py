@@ -208,12 +208,23 @@ def _attention(
         params=params,
         submodules=SelfAttentionSubmodules(
             linear_qkv=fused or provider.column_parallel_linear(),
-            core_attention=provider.core_attention(),
+            core_attention=_core_attention(config, provider),
             linear_proj=row,
             q_layernorm=q_norm,
             k_layernorm=k_norm,
         ),
     )
+
+
+def _core_attention(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
+    """Attention between the projections.
+
+    It is native where what TransformerEngine's kernels can do depends on cuDNN's version, packing
+    and context parallelism: with sinks, and with windows in sequences that ranks share.
+    """
+    sinks = config.softmax_type != "vanilla"
+    shared_windows = config.window_size is not None and config.context_parallel_size > 1
+    return (NativeSpecProvider() if sinks or shared_windows else provider).core_attention()
 
 
 def _qk_norms(
@@ -248,14 +259,19 @@ def _experts(
     Experts are of one kind in both backends, for the sake of their parameters' names: where they
     are not to be computed together, the native ones run one after the other. In bfloat16 the native
     ones stand in TransformerEngine's layers too: its own split the work and launch every expert by
-    itself, which takes the processor longer than the products take the GPU.
+    itself, which takes the processor longer than the products take the GPU. So do those with
+    biases, which TransformerEngine's add once on every expert-tensor-parallel rank.
     """
     layer = get_moe_module_spec_for_backend(
         provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
     submodules = layer.keywords["submodules"]
-    submodules.router = partial(Router, choice=choice_of(switches))
+    submodules.router = partial(Router, choice=choice_of(switches), has_bias=switches.expert_bias)
     together = config.bf16 and not config.fp8 and not config.fp4
-    if together or not config.moe_grouped_gemm:
+    if together or switches.expert_bias or not config.moe_grouped_gemm:
         submodules.experts = NativeSpecProvider().grouped_mlp_modules(False)
+    if switches.expert_bias:
+        experts = submodules.experts.keywords["submodules"]
+        experts.linear_fc1 = _biased(experts.linear_fc1)
+        experts.linear_fc2 = _biased(experts.linear_fc2)
     return partial(MoELayer, submodules=submodules)

@@ -110,6 +110,35 @@ class StackedTogether(Stacked):
         return self.shard(parts[0], axis, rank, size)
 
 
+class GateUpColumns(StackedTogether):
+    """GPT-OSS's gate and up of one expert: [in, 2 * out], alternating columns; biases likewise."""
+
+    def __init__(self) -> None:
+        super().__init__(parts=2)
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        rows = parts[0].t()
+        return torch.cat([rows[0::2], rows[1::2]])
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [torch.stack(whole.chunk(2), dim=1).flatten(0, 1).t()]
+
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        return self.shard(self.join(parts, dims), axis, rank, size)
+
+
+class Transposed(Layout):
+    """One HF matrix [in, out]."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return parts[0].t()
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [whole.t()]
+
+
 class InterleavedQKV(Layout):
     """Query, key and value projections, grouped by key-value head: `[q..., k, v]` a group.
 
@@ -167,6 +196,8 @@ class OneRow(Layout):
 COPY = Layout()
 GATE_UP = Stacked(2)
 GATE_UP_TOGETHER = StackedTogether(2)
+GATE_UP_COLUMNS = GateUpColumns()
+TRANSPOSED = Transposed()
 QKV = InterleavedQKV()
 VOCABULARY = Vocabulary()
 SWAPPED_HALVES = SwappedHalves()

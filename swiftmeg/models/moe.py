@@ -47,8 +47,14 @@ class Router(TopKRouter):
     no effect.
     """
 
-    def __init__(self, *args: Any, choice: Choice | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, choice: Choice | None = None, has_bias: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if has_bias:
+            bias: Any = torch.nn.Parameter(self.weight.new_zeros(self.num_experts))
+            bias.sequence_parallel = self.config.sequence_parallel
+            self.bias = bias
         self.choice = choice
         if choice is not None:
             self.score_function = "softmax"

@@ -18,6 +18,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.export.shards import global_name
 from swiftmeg.tuners.experts import (
     ColumnExpertAdapter,
+    ExpertAdapter,
     RouterAdapter,
     RowExpertAdapter,
     share_random_state,
@@ -40,6 +41,31 @@ class Attached:
 
     name: str
     adapter: Adapter
+
+
+def _refuse_biased_experts(models: list[Any]) -> None:
+    """UserError, on every rank, if something of experts with biases is trained.
+
+    Only GPT-OSS has them. Its files hold a layer's experts transposed in one tensor, for which
+    there is no form of adapters yet.
+    """
+    found = any(
+        parameter.requires_grad
+        for chunk in unwrap_model(models)
+        for module in chunk.modules()
+        if isinstance(module, ExpertAdapter)
+        and module.base_layer.use_bias
+        or getattr(module, "num_gemms", 0)
+        and module.use_bias
+        for parameter in module.parameters()
+    )
+    (nowhere,) = everywhere([not found])
+    if not nowhere:
+        raise UserError(
+            "--train_type lora cannot train the experts of this model, which have biases: pass "
+            "--target_modules linear_qkv linear_proj (and the router if wanted), and neither "
+            "--lora_bias all nor --modules_to_save for them"
+        )
 
 
 def attached(models: list[Any]) -> Iterator[Attached]:
@@ -72,6 +98,7 @@ def attach(models: list[Any], args: LoraArguments, seed: int) -> list[Any]:
                 module.frozen_expert_bias = True  # a buffer of the model, which stays as it is
     for parameter in saved:
         parameter.requires_grad_(True)
+    _refuse_biased_experts(models)
     for each in attached(models):
         initialise(each, seed)
     share_random_state([each.adapter for each in attached(models)], seed)

@@ -111,7 +111,7 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
         "llama": Specimen("LlamaConfig", HEADS | {"attention_bias": True, "mlp_bias": True}),
     },
     "MistralForCausalLM": {
-        "mistral": Specimen("MistralConfig", HEADS | {"sliding_window": None}),
+        "mistral": Specimen("MistralConfig", HEADS | {"sliding_window": 9}),
     },
     "InternLM3ForCausalLM": {
         "internlm3": Specimen(
@@ -304,6 +304,21 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
     "Olmo2ForCausalLM": {"olmo2": Specimen("Olmo2Config", {"attention_bias": True})},
     "OlmoeForCausalLM": {
         "olmoe": Specimen("OlmoeConfig", {"num_experts": 6, "num_experts_per_tok": 2}, experts=True)
+    },
+    "GptOssForCausalLM": {
+        "gpt_oss": Specimen(
+            "GptOssConfig",
+            HEADS
+            | {
+                "num_local_experts": 6,
+                "num_experts_per_tok": 2,
+                "sliding_window": 7,
+                "swiglu_limit": 0.6,
+                "rope_parameters": {k: v for k, v in YARN.items() if not k.startswith("mscale")}
+                | {"truncate": False},
+            },
+            experts=True,
+        ),
     },
     "MiniMaxM2ForCausalLM": {
         "minimax_m2": Specimen(

@@ -1,5 +1,6 @@
 """The forms in which checkpoints are published, and what each rank reads and writes of them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.fp8 import dequantise
 from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build, difference
-from tests.families.specimens import weights_of, write_named
+from tests.families.specimens import ALL, weights_of, write, write_named
 from tests.ranks import run_ranks
 
 Weights = dict[str, torch.Tensor]
@@ -30,6 +32,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     for name in ("deepseek_v3", "qwen3_moe", "qwen2"):
         write_named(folder / name, name)
+    specimen = ALL["gpt_oss"]
+    wide = dataclasses.replace(specimen, sizes=specimen.sizes | {"hidden_size": 64})
+    write(folder / "gpt_oss-32", wide, seed=1)
     return folder
 
 
@@ -132,6 +137,40 @@ def test_fp8_that_does_not_fit_is_refused(root: Path) -> None:
         dequantise(torch.ones(40, 20).to(torch.float8_e4m3fn), torch.ones(3, 3), BLOCK)
     with pytest.raises(UserError, match="quant_method='gptq'"):
         HFWeights(folder, {"quantization_config": {"quant_method": "gptq"}})
+
+
+def in_mxfp4(weights: Weights) -> Weights:
+    """Experts' matrices as random MXFP4 blocks and scales, as gpt-oss is published."""
+    result = dict(weights)
+    generator = torch.Generator().manual_seed(4)
+    for name in [name for name in weights if name.endswith("experts.gate_up_proj")]:
+        experts, columns, rows = result.pop(name).shape
+        shape = (experts, rows, columns // 32, 16)
+        draw = {"generator": generator, "dtype": torch.uint8}
+        result[name + "_blocks"] = torch.randint(0, 256, shape, **draw)
+        result[name + "_scales"] = torch.randint(118, 126, shape[:-1], **draw)
+    return result
+
+
+def test_mxfp4_is_read_as_transformers_reads_it(root: Path) -> None:
+    config = {"quantization_config": {"quant_method": "mxfp4"}}
+    folder = derive(root, "gpt_oss-32", in_mxfp4, **config)
+    stored = weights_of(folder)
+    model = read_model(str(folder))
+    weights = HFWeights(folder, model.config)
+    plan = check_names(model.family, model.config, weights)
+    rows = [row for row in plan if row.stack and row.stack in weights.packed]
+    assert len(rows) == 4 * 6
+    for row in rows:
+        (found,) = weights.parts(row)
+        blocks, scales = (stored[row.stack + part] for part in ("_blocks", "_scales"))
+        expected = convert_moe_packed_tensors(blocks, scales)[row.expert]
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+        assert found.abs().max() > 0
+    weights._places[f"{rows[0].stack}_scales"] = weights._places["model.norm.weight"]
+    with pytest.raises(UserError, match="dequantise"):
+        weights.parts(rows[0])
 
 
 def test_names_are_strict(root: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from swiftmeg.errors import UserError
 from swiftmeg.models.family import Family, HFConfig, Row
+from swiftmeg.models.layout import TRANSPOSED
 from tests.families.conversion import Layout, difference
 from tests.families.specimens import write_named
 from tests.ranks import run_ranks
@@ -108,6 +109,23 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
     ),
     "norms before the layer assumed": ("olmo2", _args(norm_before=True)),
     "norm over all heads taken for one a head": ("olmo2", _args(qk_norm_across_heads=False)),
+    "windows ignored": ("mistral", _args(window_size=None)),
+    "windows in other layers": ("gpt_oss", _args(window_attn_skip_freq=[0, 1, 0, 1])),
+    "window one token longer": ("gpt_oss", _args(window_size="7,0")),
+    "sinks ignored": ("gpt_oss", _args(softmax_type="vanilla")),
+    "gate's clamp ignored": ("gpt_oss", _args(activation_func_clamp_value=None)),
+    "offset of up ignored": ("gpt_oss", _args(glu_linear_offset=0.0)),
+    "biases of experts ignored": ("gpt_oss", _args(expert_bias=False)),
+    "gate and up one after the other": (
+        "gpt_oss",
+        _rows(
+            lambda row: (
+                dataclasses.replace(row, layout=TRANSPOSED)
+                if "experts.linear_fc1.weight" in row.mcore
+                else row
+            )
+        ),
+    ),
     "part of RoPE ignored": ("minimax_m2", _args(rotary_percent=1.0)),
     "dense layer taken for experts": ("qwen3_moe", _args(moe_layer_freq=[1, 1, 1, 1])),
 }

@@ -1,6 +1,7 @@
 """First steps of models with less common layers: gradients are those of transformers everywhere."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "olmo2": {"num_attention_heads": 4, "num_key_value_heads": 1},
     "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2} | EXPERTS,
+    "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 11},
+    "gpt_oss": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 11,
+        "swiglu_limit": 0.6,
+    },
 }
-"""Norms before and after; across heads, fewer key heads than ranks; across heads with experts."""
+"""Norms before and after; across heads, fewer key heads than ranks; across heads with experts;
+windows; sinks, windows in every other layer, experts with biases and a clamped gate."""
 
 TENSOR = {"tensor_model_parallel_size": 2}
 SEQUENCE = TENSOR | {"sequence_parallel": "true"}
+EXPERT = {"expert_model_parallel_size": 2}
 CONTEXT = {"context_parallel_size": 2}
 PADDED = {"padding_free": "false", "micro_batch_size": 4}
 LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
@@ -36,6 +48,10 @@ LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("olmo2", "tp2"): (2, TENSOR),
     ("olmo2", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
     ("olmoe", "tp2-sp"): (2, SEQUENCE | {"expert_tensor_parallel_size": 1}),
+    ("mistral", "cp2"): (2, CONTEXT),
+    ("gpt_oss", "packed"): (1, {}),
+    ("gpt_oss", "padded-ep2"): (2, PADDED | EXPERT | {"micro_batch_size": 2}),
+    ("gpt_oss", "etp2-cp2"): (4, SEQUENCE | CONTEXT),
 }
 RATE = 64.0
 ONE_STEP = {
@@ -62,17 +78,18 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def published(fused: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Gradients of stacked experts as those of the tensors that are published."""
+def published(fused: dict[str, Any], names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Gradients by the names of what is published: of stacked experts' parts, if not of stacks."""
     found: dict[str, torch.Tensor] = {}
     for name, gradient in fused.items():
-        prefix, _, last = name.rpartition(".")
-        for expert, both in enumerate(gradient if prefix.endswith("experts") else ()):
-            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
-            for part, piece in zip(names, both.chunk(len(names)), strict=True):
-                found[f"{prefix}.{expert}.{part}.weight"] = piece
-        if not prefix.endswith("experts"):
+        if name in names:
             found[name] = gradient
+            continue
+        prefix, _, last = name.rpartition(".")
+        for expert, both in enumerate(gradient):
+            parts = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            for part, piece in zip(parts, both.chunk(len(parts)), strict=True):
+                found[f"{prefix}.{expert}.{part}.weight"] = piece
     return found
 
 
@@ -86,7 +103,7 @@ def reference(work: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
         loss = transformers_loss(model, work / name)
         loss.backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
-        _references[name] = loss.item(), published(gradients)
+        _references[name] = loss.item(), published(gradients, load_folder(work / name).keys())
     return _references[name]
 
 
@@ -96,6 +113,8 @@ def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) 
     (line,) = train_steps(work, name, layout, world, ONE_STEP | flags)
     loss, expected = reference(work, name)
     assert relative(line["lm loss"], loss) <= 1e-5
+    norm = float(sum(gradient.square().sum() for gradient in expected.values())) ** 0.5
+    assert relative(line["grad_norm"], norm) <= 1e-5
     before = load_folder(work / name)
     after = load_folder(work / f"{name}-{layout}" / "iter_0000001-hf")
     assert before.keys() == after.keys() == expected.keys()

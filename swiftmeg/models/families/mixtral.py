@@ -3,7 +3,7 @@
 from typing import Any
 
 from swiftmeg.models.arguments import dense_args, expert_args, softmax_router_args
-from swiftmeg.models.families.mistral import MISTRAL, refuse_window
+from swiftmeg.models.families.mistral import MISTRAL
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.rows import HF_LAYER, MLP, MOE_ROWS, expert_rows
 
@@ -12,11 +12,10 @@ _HF_MOE = HF_LAYER + "block_sparse_moe."
 
 def to_args(config: HFConfig) -> dict[str, Any]:
     """Experts in every layer, the size of the MLP that they replace; weights sum to one."""
-    refuse_window(config)
     sizes = {"moe_intermediate_size": config["intermediate_size"], "norm_topk_prob": True}
     layers = [1] * config["num_hidden_layers"]
     return (
-        dense_args(config)
+        dense_args(config, windows=True)
         | softmax_router_args(sizes, config["num_experts_per_tok"])
         | expert_args(sizes, config["num_local_experts"], layers)
     )

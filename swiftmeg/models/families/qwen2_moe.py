@@ -3,7 +3,7 @@
 from typing import Any
 
 from swiftmeg.models.arguments import dense_args, expert_args, softmax_router_args
-from swiftmeg.models.families.qwen2 import QWEN2, refuse_sliding_window
+from swiftmeg.models.families.qwen2 import QWEN2
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.rows import HF_MLP, MLP, MOE_ROWS, shared_expert_rows
 
@@ -17,10 +17,9 @@ def sparse_layers(config: HFConfig) -> list[int]:
 
 def to_args(config: HFConfig) -> dict[str, Any]:
     """A shared expert stands beside the routed ones, behind a sigmoid gate."""
-    refuse_sliding_window(config)
     shared = config["shared_expert_intermediate_size"]
     return (
-        dense_args(config)
+        dense_args(config, windows=True)
         | {"add_qkv_bias": config.get("qkv_bias", True), "moe_shared_expert_gate": True}
         | softmax_router_args(config, config["num_experts_per_tok"])
         | expert_args(config, config["num_experts"], sparse_layers(config), shared)

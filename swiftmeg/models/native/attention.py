@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import mpu, parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from swiftmeg.models.context import gather
@@ -19,6 +24,10 @@ from swiftmeg.models.context import gather
 
 class DotProductAttention(MegatronModule):
     """Causal attention over grouped queries, for padded batches and packed sequences.
+
+    In layers that `window_attn_skip_freq` names, a token sees `window_size[0]` tokens before it.
+    With the softmax type `learnable`, each head has a sink: one more logit, of no token, that takes
+    its share of the softmax (arXiv:2309.17453).
 
     Under context parallelism a rank gathers the keys and values of all ranks, which with grouped
     queries are a fraction of the activations, and attends from its own chunks. The default
@@ -41,8 +50,44 @@ class DotProductAttention(MegatronModule):
         super().__init__(config=config)
         self.scale = softmax_scale or 1.0 / math.sqrt(k_channels or config.kv_channels)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.window: int | None = None
+        skips = config.window_attn_skip_freq
+        if is_layer_window_attention(config.window_size, skips, layer_number):
+            assert config.window_size is not None
+            self.window = config.window_size[0] + 1
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            self.softmax_offset = self._sinks()
         self.cp_size = config.context_parallel_size
         self.cp_group = pg_collection.cp if pg_collection and self.cp_size > 1 else None
+
+    def _sinks(self) -> torch.nn.Parameter:
+        """A logit for each head here."""
+        config, size = self.config, mpu.get_tensor_model_parallel_world_size()
+        sinks: Any = torch.nn.Parameter(
+            torch.zeros(
+                config.num_attention_heads // size,
+                dtype=config.params_dtype,
+                device=torch.cuda.current_device(),
+            )
+        )
+        sinks.tensor_model_parallel = True
+        sinks.partition_dim, sinks.partition_stride = 0, 1
+        return sinks
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The sinks of all heads as one entry."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=mpu.get_tensor_model_parallel_group(),
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -122,7 +167,8 @@ class DotProductAttention(MegatronModule):
     def _has_varlen(self, query: Tensor, value: Tensor) -> bool:
         """Whether one kernel can do all segments."""
         half = query.dtype in (torch.float16, torch.bfloat16)
-        return query.is_cuda and half and not self._drops() and query.shape[-1] == value.shape[-1]
+        plain = not self._drops() and self.softmax_offset is None
+        return query.is_cuda and half and plain and query.shape[-1] == value.shape[-1]
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
@@ -154,7 +200,7 @@ class DotProductAttention(MegatronModule):
             longest_q,
             longest_k,
             scale=self.scale,
-            window_size=(-1, 0),
+            window_size=(-1 if self.window is None else self.window - 1, 0),
         )
 
     def _drops(self) -> bool:
@@ -163,9 +209,14 @@ class DotProductAttention(MegatronModule):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Batched attention over [b, heads, s, d]; without a mask the last query sees all keys."""
         missing = k.shape[-2] - q.shape[-2]
-        if mask is None and missing:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
-            mask = mask.tril(missing)
+        if missing or self.window is not None or self.softmax_offset is not None:
+            seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
+            seen = seen.tril(missing)
+            if self.window is not None:
+                seen = seen.triu(missing + 1 - self.window)
+            mask = seen if mask is None else mask & seen
+        if self.softmax_offset is not None:
+            q, k, v, mask = self._with_sinks(q, k, v, mask)
         options: dict[str, Any] = {
             "attn_mask": mask,
             "is_causal": mask is None,
@@ -176,6 +227,25 @@ class DotProductAttention(MegatronModule):
         # Heads are split over tensor-parallel ranks, so each rank draws masks of its own.
         with tensor_parallel.get_cuda_rng_tracker().fork():
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, **options)
+
+    def _with_sinks(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Add a key whose logit is the head's sink for every query, and whose value is 0.
+
+        Queries get entries of 1 that only this key multiplies; eight, because kernels like it.
+        """
+        assert self.softmax_offset is not None
+        assert mask is not None
+        sinks = (self.softmax_offset / (8 * self.scale)).to(k.dtype)
+        sink = F.pad(sinks[:, None, None].expand(-1, 1, 8), (k.shape[-1], 0))
+        sink = sink.expand(k.shape[0], -1, -1, -1)
+        return (
+            F.pad(q, (0, 8), value=1.0),
+            torch.cat([sink, F.pad(k, (0, 8))], dim=-2),
+            F.pad(v, (0, 0, 1, 0)),
+            F.pad(mask, (1, 0), value=True),
+        )
 
 
 def _cumulated(lengths: Tensor) -> Tensor:

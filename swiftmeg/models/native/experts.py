@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    get_cuda_rng_tracker,
+    get_expert_parallel_rng_tracker_name,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
@@ -128,6 +132,17 @@ class _Experts(torch.nn.Module):
     def _all(self, kind: str) -> list[Tensor]:
         return [getattr(self, f"{kind}{expert}") for expert in range(self.num_gemms)]
 
+    def _shared_biases(self) -> list[Tensor]:
+        """Biases such that expert-tensor-parallel ranks, whose outputs are summed, add each once.
+
+        Every rank has the whole gradient.
+        """
+        size = self.groups.expt_tp.size()
+        biases = torch.stack(self._all("bias"))
+        if self.parallel_mode == "row" and size > 1:
+            biases = copy_to_tensor_model_parallel_region(biases / size, group=self.groups.expt_tp)
+        return list(biases.unbind())
+
     def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[Tensor] | None]:
         """Rows x [t, in], `m_splits[e]` of them for expert e, give [t, out].
 
@@ -137,7 +152,7 @@ class _Experts(torch.nn.Module):
         if not self.use_bias:
             return out, None
         if self.skip_bias_add:
-            return out, self._all("bias")
+            return out, self._shared_biases()
         counts = torch.tensor(m_splits, device=x.device)
         return out + torch.stack(self._all("bias")).repeat_interleave(counts, dim=0), None
 
