@@ -53,10 +53,8 @@ def _refuse_biased_experts(models: list[Any]) -> None:
         parameter.requires_grad
         for chunk in unwrap_model(models)
         for module in chunk.modules()
-        if isinstance(module, ExpertAdapter)
-        and module.base_layer.use_bias
-        or getattr(module, "num_gemms", 0)
-        and module.use_bias
+        if (isinstance(module, ExpertAdapter) and module.base_layer.use_bias)
+        or (getattr(module, "num_gemms", 0) and module.use_bias)
         for parameter in module.parameters()
     )
     (nowhere,) = everywhere([not found])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.layouts.test_experts import MODELS as EXPERTS
-from tests.layouts.test_training import relative, transformers_loss
+from tests.layouts.test_training import relative, run_training, transformers_loss
 from tests.matrix.lora import beside
 from tests.matrix.lora import write as write_adapters
 from tests.ranks import run_ranks
@@ -144,3 +144,11 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
     ]
     first, second = adapters(work, "whole", 4), adapters(work, "rest", 4)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
+    work = write_inputs(tmp_path, {"gpt_oss": ("gpt_oss", {"num_local_experts": 4})})
+    with pytest.raises(RuntimeError, match="--target_modules linear_qkv linear_proj"):
+        run_ranks(1, run_training, flags(work, "gpt_oss", work / "refused", {}))
+    explicit = {"target_modules": ["linear_qkv", "linear_proj"], "train_iters": 1}
+    run_ranks(1, run_training, flags(work, "gpt_oss", work / "attention", explicit))
