@@ -81,6 +81,8 @@ class DataArguments:
     """When interleaving ends."""
     columns: dict[str, str] | None = None
     """Column renames before rows are read: {"old": "new"}."""
+    custom_dataset_info: list[str] = field(default_factory=list)
+    """JSON files that register datasets, by name, hub id or path."""
     load_data_args: bool = False
     """Take these data flags, too, from the checkpoint's args.json where they are not given."""
     strict: bool = False

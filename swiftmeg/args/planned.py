@@ -53,8 +53,6 @@ class PlannedDataArguments(PlannedFlags):
     """Shuffle the validation rows."""
     remove_unused_columns: bool = True
     """Leave unknown columns of rows behind."""
-    custom_dataset_info: list[str] = field(default_factory=list)
-    """Files that describe datasets."""
     padding_side: Literal["right", "left"] = "right"
     """Where rows are padded."""
     agent_template: str | None = None
@@ -132,8 +130,6 @@ REASONS = {
     "val_dataset_shuffle": "an evaluation sees every validation row, so their order is kept: "
     "drop it",
     "remove_unused_columns": "rows hold the known columns only: drop it",
-    "custom_dataset_info": "it is not supported yet: register datasets from --external_plugins, or "
-    "name files by --dataset and map their columns by --columns",
     "padding_side": "training pads on the right: use right",
     "agent_template": "tools are written as the chat template says: drop it",
     "template_backend": "chat templates are jinja in any case: drop it",

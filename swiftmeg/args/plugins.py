@@ -6,16 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from swiftmeg.data.dataset_info import register_files
 from swiftmeg.errors import UserError
 
 
 def load_plugins(args: Any) -> None:
-    """Set the variables of --model_kwargs and run the files of --external_plugins."""
+    """Set the variables of --model_kwargs and run files that plug in.
+
+    These are the files of --external_plugins; those of --custom_dataset_info register datasets.
+    """
     for name, value in (args.model_kwargs or {}).items():
         os.environ[name.upper()] = str(value)
     for flag in ("external_plugins", "custom_register_path"):
         for file in getattr(args, flag):
             _run(flag, Path(file).expanduser().resolve())
+    register_files(getattr(args, "custom_dataset_info", []))
 
 
 def _run(flag: str, path: Path) -> None:

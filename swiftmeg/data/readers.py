@@ -89,7 +89,7 @@ def parse_raw(row: bytes | Row | RowError) -> Row:
     if isinstance(row, dict):
         return row
     try:
-        value = json.loads(row.decode("utf-8"), object_pairs_hook=_object)
+        value = json.loads(row.decode("utf-8"), object_pairs_hook=strict_object)
     except UnicodeDecodeError as error:
         raise _not_utf8(error) from None
     except RecursionError:
@@ -114,7 +114,7 @@ def chunks(items: Iterable[tuple[str, RawRow]], rows: int) -> Iterator[list[tupl
         yield chunk
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
+def strict_object(pairs: list[tuple[str, Any]]) -> Row:
     value = dict(pairs)
     if len(value) != len(pairs):
         counts = Counter(key for key, _ in pairs)
@@ -169,7 +169,7 @@ def _json(path: Path) -> Iterator[RawRow]:
 
 def _elements(text: str) -> Iterator[Row | RowError]:
     """The rows of a JSON array one by one."""
-    strict, lax = json.JSONDecoder(object_pairs_hook=_object), json.JSONDecoder()
+    strict, lax = json.JSONDecoder(object_pairs_hook=strict_object), json.JSONDecoder()
     at = _after(text, text.index("["), "[")
     if text[at : at + 1] == "]":
         return

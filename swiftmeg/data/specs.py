@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from swiftmeg.data.readers import EXTENSIONS
-from swiftmeg.data.registry import DatasetInfo, Subset, find_dataset, registered_names
+from swiftmeg.data.registry import (
+    DatasetInfo,
+    Subset,
+    find_dataset,
+    find_path,
+    registered_names,
+)
 from swiftmeg.errors import UserError
 
 _SYNTAX = "accepted: [hf::|ms::]id_or_path[:subset1/subset2][#N]"
@@ -49,7 +55,12 @@ def parse_spec(spec: str, use_hf: bool = False) -> Source:
         rest, _, joined = rest.partition(":")
         names = tuple(name for name in joined.split("/") if name)
     if not hub and _exists(rest):
-        return _local(spec, Path(rest).expanduser(), names, sample)
+        path = Path(rest).expanduser()
+        registered = find_path(path)
+        if registered is None:
+            return _local(spec, path, names, sample)
+        subsets = _registered_subsets(spec, registered, names)
+        return Source(spec, registered, subsets, path=path, sample=sample)
     info = find_dataset(rest)
     if info is None and not (hub or _looks_like_hub_id(rest)):
         raise UserError(

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +49,34 @@ class SubsetReader:
         self.options = options
         self.label = source.spec if len(source.subsets) == 1 else f"{source.spec}, subset {name}"
         self._subset = subset
-        self._columns = {**source.info.columns, **options.columns}
+        self._columns = {**source.info.columns, **subset.columns, **options.columns}
         self._files: list[Path] = []
-        self._hub_rows: Iterable[Row] = ()
+        self._hub_splits: list[Iterable[Row]] = []
         if source.path is not None:
             # A subset of a local folder is a subfolder; a registered file has no such thing.
             folder = source.path / (subset.hub_subset or "")
             self._files = data_files(folder, source.spec)
         else:
             assert source.dataset_id is not None
-            self._hub_rows = load_from_hub(
-                source.dataset_id,
-                subset.hub_subset,
-                source.info.split,
-                use_hf=source.use_hf,
-                token=options.hub_token,
-                mode=options.download_mode,
-                streaming=options.streaming,
-            )
+            self._hub_splits = [
+                load_from_hub(
+                    source.dataset_id,
+                    subset.hub_subset,
+                    split,
+                    use_hf=source.use_hf,
+                    token=options.hub_token,
+                    mode=options.download_mode,
+                    streaming=options.streaming,
+                )
+                for split in source.info.splits
+            ]
 
     def describe(self) -> list[Any]:
         """All that the standard rows depend on, as JSON-able values."""
         content: list[Any] = [[str(file.resolve()), *_version(file)] for file in self._files]
         if not content:
-            content = [self.source.dataset_id, getattr(self._hub_rows, "_fingerprint", None)]
+            prints = [getattr(split, "_fingerprint", None) for split in self._hub_splits]
+            content = [self.source.dataset_id, *prints]
         identity = self.options.identity
         return [
             content,
@@ -88,7 +93,7 @@ class SubsetReader:
                 yield str(file), raw
         if not self._files:
             assert self.source.dataset_id is not None
-            for raw in enumerate(self._hub_rows, 1):
+            for raw in enumerate(chain.from_iterable(self._hub_splits), 1):
                 yield self.source.dataset_id, raw
 
     def standard(self, row: OriginRow) -> Row:

@@ -21,6 +21,7 @@ from swiftmeg.args.commands import ExportArguments, PtArguments, SftArguments
 from swiftmeg.args.moe import expert_flags
 from swiftmeg.args.planned import OFF, default_of, planned_flags
 from swiftmeg.args.training import read_command, read_training_arguments
+from swiftmeg.data import registry
 from swiftmeg.errors import UserError
 from swiftmeg.export.convert import check_export
 from swiftmeg.models.layers import choose_backend
@@ -273,6 +274,7 @@ DATA: dict[str, Row] = {
     ),
     "columns": Changes({"frage": "query", "antwort": "response"}, train_rows,
                        flags={"dataset": ["mixed.jsonl"]}),
+    "custom_dataset_info": Changes(["info.json"], train_rows, flags={"dataset": ["mixed.jsonl"]}),
     "strict": Refused(True, "--strict true: ", {"dataset": ["mixed.jsonl"]}),
     "model_name": Changes(["Ada"], train_rows, flags=SELF),
     "model_author": Changes(["Bob"], train_rows, flags=SELF),
@@ -477,7 +479,6 @@ PLANNED: dict[str, Row] = {
     "dataloader_type": Refused("single", "rows are shuffled anew for every epoch.*use cyclic"),
     "val_dataset_shuffle": Refused(True, "sees every validation row"),
     "remove_unused_columns": Refused(False, "rows hold the known columns only"),
-    "custom_dataset_info": Refused(["x"], "register datasets from --external_plugins"),
     "padding_side": Refused("left", "training pads on the right"),
     "agent_template": Refused("react", "as the chat template says"),
     "template_backend": Refused("jinja", "chat templates are jinja in any case"),
@@ -574,6 +575,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = [{"frage": f"q{i}", "antwort": f"a{i}"} for i in range(3)]
     for name, rows in {"rows": lines, "other": lines[:5], "mixed": [*lines[:2], *asked]}.items():
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"frage": "query", "antwort": "response"}
+    (work / "info.json").write_text(
+        json.dumps([{"dataset_path": "mixed.jsonl", "columns": columns}])
+    )
     (work / "plugin.py").write_text("import os\nos.environ['FROM_PLUGIN'] = '1'\n")
     import torch
     import torch.distributed.checkpoint as dcp
@@ -589,6 +594,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _in_inputs(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
     monkeypatch.setenv("SWIFTMEG_CACHE", str(inputs / "cache"))
+    monkeypatch.setattr(registry, "_by_name", dict(registry._by_name))
 
 
 def rows_of(table: dict[str, Row], kind: type[Any]) -> list[Any]:
