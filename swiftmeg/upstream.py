@@ -149,6 +149,23 @@ def _resume_torch_adam() -> None:
     optimizer_class._set_main_param_and_optimizer_states = set_states
 
 
+def group_parameters(overrides: Callable[[Any], dict[Any, Any]]) -> None:
+    """Train the parameters that `overrides(optimizer's config)` names with what it says of them.
+
+    Added to Megatron's own groups. Can go when pretrain() takes `config_overrides`.
+    """
+    from megatron.training import training
+
+    original = _original(training, "get_megatron_optimizer_config")
+
+    def get_megatron_optimizer_config(args: Any) -> tuple[Any, dict[Any, Any]]:
+        config, groups = original(args)
+        return config, groups | overrides(config)
+
+    get_megatron_optimizer_config._original = original  # type: ignore[attr-defined]
+    training.get_megatron_optimizer_config = get_megatron_optimizer_config
+
+
 def build_predictions(spec: Callable[[Any, int | None], Any]) -> None:
     """Let the model builder make prediction modules from `spec(config, vp_stage)`.
 

@@ -1,5 +1,6 @@
 """Checks of argument combinations, made before anything heavy is imported or started."""
 
+import math
 import re
 import tempfile
 from pathlib import Path
@@ -152,6 +153,10 @@ def _check_lora(args: Any) -> None:
             raise UserError(
                 f"--adapter_load {args.adapter_load} needs --train_type lora: set it or drop it"
             )
+        if args.lorap_lr_ratio is not None:
+            raise UserError(
+                f"--lorap_lr_ratio {args.lorap_lr_ratio} needs --train_type lora: set it or drop it"
+            )
         return
     if args.freezes:
         raise UserError(
@@ -168,6 +173,11 @@ def _check_lora(args: Any) -> None:
         raise UserError(f"--lora_rank {args.lora_rank}: must be at least 1")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
+    if args.lorap_lr_ratio is not None and not 0 < args.lorap_lr_ratio < math.inf:
+        raise UserError(
+            f"--lorap_lr_ratio {args.lorap_lr_ratio}: must be above 0; LoRA+ needs at least 1, "
+            "such as 16"
+        )
     check_regex("target_regex", args.target_regex)
 
 

@@ -99,8 +99,6 @@ class PlannedTunerArguments(PlannedFlags):
 
     use_dora: bool = False
     """Train the norms of the changed weights, too (arXiv:2402.09353)."""
-    lorap_lr_ratio: float | None = None
-    """Learning rate of B as a multiple of A's (LoRA+, arXiv:2402.12354)."""
 
 
 @dataclass
@@ -137,7 +135,6 @@ REASONS = {
     "model_type": "the family is found by config.json's `architectures`: drop it",
     "task_type": "only causal_lm is supported yet",
     "use_dora": "DoRA is not supported: drop it",
-    "lorap_lr_ratio": "LoRA+ is not supported, B has the learning rate of A: drop it",
     "num_labels": "classifiers are not supported yet",
     "problem_type": "classifiers are not supported yet",
     "attn_impl": "it is a flag of swift infer; in training --attention_backend chooses kernels",

@@ -74,6 +74,9 @@ class LoraArguments:
     """all trains every bias of the model, too."""
     use_rslora: bool = False
     """Divide the scale by the rank's square root instead of the rank (arXiv:2312.03732)."""
+    lorap_lr_ratio: float | None = None
+    """Learning rate of B, and of trained vectors such as biases, as a multiple of A's (LoRA+,
+    arXiv:2402.12354). As in PEFT, an adapter of the embedding then trains at 1e-6."""
 
     @property
     def is_lora(self) -> bool:
@@ -114,6 +117,8 @@ def recorded(
             "name the folder that a run with --train_type lora wrote"
         )
     layer = {name: saved[name] for name in ADAPTER if name in saved}
+    if given.get("finetune"):  # a run of its own, with learning rates of its own
+        layer.pop("lorap_lr_ratio", None)
     for name, value in layer.items():
         if given.get(name, value) != value:
             raise UserError(

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def _run_loop(run: Run) -> None:
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
     from swiftmeg.trainers.namespace import training_namespace
     from swiftmeg.trainers.sft import make_forward_step
+    from swiftmeg.tuners.loraplus import learning_rates
 
     upstream.apply()
     args, model = run.args, run.model
@@ -109,6 +111,7 @@ def _run_loop(run: Run) -> None:
     )
     container.model.transformer.variable_seq_lengths = True
     container.model.finalize()
+    upstream.group_parameters(partial(learning_rates, ratio=args.lorap_lr_ratio))
     counter = TokenCounter()
     log = RunLog(run.folder, megatron, counter)
     upstream.on_training_log(log.observe, log.print_line)

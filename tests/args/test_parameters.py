@@ -454,6 +454,7 @@ MEGATRON: dict[str, Row] = {
         name: ShownBy("tests/tuners/test_lora.py", f'"{name}"')
         for name in ("target_modules", "target_regex", "modules_to_save", "lora_bias", "use_rslora")
     },
+    "lorap_lr_ratio": ShownBy("tests/tuners/test_lora.py", '"lorap_lr_ratio": 4'),
     "lora_alpha": ShownBy("tests/tuners/test_lora.py", "lora_alpha == 6"),
     "train_type": ShownBy("tests/tuners/lora_runs.py", '"train_type": "lora"'),
     "fp8_format": Sets("hybrid", "fp8"),
@@ -486,7 +487,6 @@ PLANNED: dict[str, Row] = {
     "model_type": Refused("qwen3", "found by config.json's `architectures`"),
     "task_type": Refused("seq_cls", "only causal_lm is supported yet"),
     "use_dora": Refused(True, "--use_dora true: DoRA is not supported: drop it"),
-    "lorap_lr_ratio": Refused(4.0, "--lorap_lr_ratio 4.0: .*B has the learning rate of A"),
     "num_labels": Refused(2, "classifiers are not supported yet"),
     "problem_type": Refused("regression", "classifiers are not supported yet"),
     "attn_impl": Refused("sdpa", "in training --attention_backend"),

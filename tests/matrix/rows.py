@@ -70,7 +70,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dense-lora": LORA | {"lora_bias": "all", "modules_to_save": "word_embeddings"},
     "dense-qk-lora": LORA
     | {"target_modules": "all-linear all-embedding output_layer", "use_rslora": "true"},
-    "moe-lora": LORA | EXPERTS | {"target_modules": "all-linear all-router"},
+    "moe-lora": LORA | EXPERTS | {"target_modules": "all-linear all-router", "lorap_lr_ratio": 4},
     "mla-lora": LORA | EXPERTS | {"modules_to_save": "router output_layer pre_mlp_layernorm"},
 }
 """Flags of a model, in every run of it."""

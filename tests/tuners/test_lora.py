@@ -60,6 +60,8 @@ TUNERS: dict[str, dict[str, Any]] = {
     "moe": {"target_modules": ["all-linear", "all-router"]},
     "mla": {"target_modules": ["all-linear"], "modules_to_save": ["router", "output_layer"]},
 }
+PLUS: dict[str, Any] = {"lorap_lr_ratio": 4, "lr_decay_style": "cosine", "min_lr": 5e-4}
+"""LoRA+ over a schedule."""
 
 
 @pytest.fixture(scope="module")
@@ -87,34 +89,54 @@ def train_and_keep_start(argv: list[str], start: str) -> None:
     train(args, sources, model)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_ten_steps_are_those_of_peft(work: Path, model: str) -> None:
+def adam_of(peft: Any, plus: bool) -> torch.optim.Optimizer:
+    """AdamW over what PEFT's model trains, with PEFT's own groups for LoRA+."""
+    from peft.optimizers import create_loraplus_optimizer
+
+    options: dict[str, Any] = {"lr": 2e-3, "betas": (0.9, 0.95), "eps": 1e-3}
+    if plus:
+        return create_loraplus_optimizer(
+            peft, torch.optim.AdamW, loraplus_lr_ratio=4, loraplus_weight_decay=0.01, **options
+        )
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    groups = [{"params": [p], "weight_decay": 0.0 if p.dim() == 1 else 0.01} for p in trained]
+    return torch.optim.AdamW(groups, **options)
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"), [*((model, {}) for model in MODELS), ("biased", PLUS)]
+)
+def test_ten_steps_are_those_of_peft(work: Path, model: str, changes: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
-    start = work / f"{model}-start"
-    argv = flags(work, model, work / f"{model}-alone", TUNERS[model])
+    name = f"{model}-plus" if changes else model
+    start = work / f"{name}-start"
+    argv = flags(work, model, work / f"{name}-alone", TUNERS[model] | changes)
     run_ranks(1, train_and_keep_start, argv, str(start))
     base = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)
     peft = beside(base, start)
     if model == "tied":
         assert peft.peft_config["default"].lora_alpha == 6
-    trained = {name: p for name, p in peft.named_parameters() if p.requires_grad}
-    flat = [(p, 0.0 if p.dim() == 1 else 0.01) for p in trained.values()]
-    groups = [{"params": [p], "weight_decay": decay} for p, decay in flat]
-    adam = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.95), eps=1e-3)
-    lines = log(work, f"{model}-alone")
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    adam = adam_of(peft, bool(changes))
+    peaks = [group["lr"] for group in adam.param_groups]
+    lines = log(work, f"{name}-alone")
     assert lines[-1]["lm loss"] < 0.9 * lines[0]["lm loss"]
+    rate = 2e-3
     for line in lines:
         loss = transformers_loss(peft, work / model)
         assert relative(line["lm loss"], loss.item()) <= 1e-4
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         assert relative(line["grad_norm"], norm.item()) <= 1e-4
+        for group, peak in zip(adam.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate / 2e-3
         adam.step()
         adam.zero_grad()
-    peft.save_pretrained(work / f"{model}-peft", save_embedding_layers=False)
-    ours = adapters(work, f"{model}-alone")
-    assert distance(ours, load_file(work / f"{model}-peft" / "adapter_model.safetensors")) <= 1e-4
+        rate = line["learning_rate"]  # of the next step
+    peft.save_pretrained(work / f"{name}-peft", save_embedding_layers=False)
+    ours = adapters(work, f"{name}-alone")
+    assert distance(ours, load_file(work / f"{name}-peft" / "adapter_model.safetensors")) <= 1e-4
 
 
 def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -> None:
@@ -125,7 +147,7 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
 
     export(work, "base", to_mcore="true", model=work / "biased")
     run: dict[str, Any] = {"lora_dropout": 0.1, "save_interval": 2, "global_batch_size": 8}
-    run |= SEQUENCE | {"train_iters": 4, "load": work / "base"}
+    run |= SEQUENCE | {"train_iters": 4, "load": work / "base"} | PLUS
     whole = train(work, "biased", "whole", 2, **run)
     entries = FileSystemReader(work / "whole" / "iter_0000002").read_metadata().state_dict_metadata
     weights = {name for name in entries if not name.startswith(("optimizer.", "rng_state"))}
@@ -136,7 +158,8 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
     base = sum(path.stat().st_size for path in (work / "base").rglob("*.distcp"))
     ours = sum(path.stat().st_size for path in (work / "whole/iter_0000002").rglob("*.distcp"))
     assert ours < base
-    del run["load"], run["lora_dropout"]  # the checkpoint's args.json knows them
+    for known in ("load", "lora_dropout", "lorap_lr_ratio"):
+        del run[known]  # the checkpoint's args.json knows them
     rest = train(work, "biased", "rest", 2, adapter_load=work / "whole", ckpt_step=2, **run)
     exact = ("lm loss", "grad_norm", "learning_rate", "consumed_samples", "global_step/max_steps")
     assert [{k: line[k] for k in exact} for line in rest] == [
