@@ -116,7 +116,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         if args.test_convert_precision:
             reference = model.folder if args.to_mcore else unfinished
             config = model.hf_config if args.to_mcore else None
-            compare_logits(models, reference, model.tokenizer(), dims.vocab_size, config)
+            plan = model.family.plan(model.config)
+            compare_logits(models, reference, model.tokenizer(), dims.vocab_size, plan, config)
         if args.to_mcore:
             save_mcore(models, unfinished, weights)
         if first:

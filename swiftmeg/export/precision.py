@@ -1,6 +1,6 @@
 """--test_convert_precision: do both models compute the same logits?"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from swiftmeg.errors import UserError
+from swiftmeg.models.family import Row
 
 RELATIVE_BOUND = 1e-3
 """Largest difference of two logits, as a share of the largest logit. fp32 rounding over deep models
@@ -83,32 +84,57 @@ def mcore_logits(models: list[Any], ids: Tensor, vocab_size: int) -> Tensor | No
 
 
 @torch.no_grad()
-def hf_logits(folder: Path, ids: Tensor, hf_config: Any = None) -> Tensor:
-    """fp32 logits [1, s, vocab_size] of the model in an HF folder, with its own config or this."""
+def hf_logits(
+    folder: Path,
+    ids: Tensor,
+    hf_config: Any = None,
+    dtype: torch.dtype = torch.float32,
+    kept: Collection[str] = (),
+) -> Tensor:
+    """fp32 logits [1, s, vocab_size] of the model in an HF folder, with its own config or this.
+
+    Its weights are rounded to `dtype` first, but for those in `kept`, the last two parts of names.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
     model = AutoModelForCausalLM.from_pretrained(folder, config=hf_config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if _ending(name) not in kept:
+            parameter.copy_(parameter.to(dtype))
     model.to(ids.device)
     logits: Tensor = model.eval()(ids).logits
     return logits.float()
 
 
+def _ending(name: str) -> str:
+    """What transformers leaves of a name from a file when it loads it: module and tensor."""
+    return ".".join(name.split(".")[-2:])
+
+
 def compare_logits(
-    models: list[Any], folder: Path, tokenizer: Any, vocab_size: int, hf_config: Any = None
+    models: list[Any],
+    folder: Path,
+    tokenizer: Any,
+    vocab_size: int,
+    plan: Iterable[Row],
+    hf_config: Any = None,
 ) -> None:
     """Compare a live model with an HF folder and print the differences; collective.
 
-    `hf_config` takes the place of the folder's config.json.
+    The folder's weights are rounded as those of the live model are, but for the rows of `plan` that
+    stay fp32. `hf_config` takes the place of the folder's config.json.
 
     UserError, on every rank, where the largest difference is above the bound.
     """
     ids = sample_ids(tokenizer).to(torch.cuda.current_device())
+    dtype = unwrap_model(models)[0].config.params_dtype
+    kept = {_ending(name) for row in plan if row.fp32 for name in row.hf}
     judge(
         mcore_logits(models, ids, vocab_size),
-        lambda: hf_logits(folder, ids, hf_config),
+        lambda: hf_logits(folder, ids, hf_config, dtype, kept),
         f"{folder} and the Megatron model",
     )
 

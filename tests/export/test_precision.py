@@ -1,0 +1,32 @@
+"""--test_convert_precision where the conversion rounds the weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.layouts.test_experts import MODELS as EXPERTS
+from tests.ranks import run_ranks
+from tests.tiny import save_model
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tied": ("qwen3", {"tie_word_embeddings": True}),
+    "fp32-bias": EXPERTS["deepseek_v3"],  # routers' bias stays as it is
+}
+
+
+def convert(argv: list[str]) -> None:
+    """`swift export` on one rank."""
+    from swiftmeg.cli.export import main
+
+    main(argv)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fp32_weights_are_rounded_on_both_sides(name: str, tmp_path: Path) -> None:
+    family, sizes = MODELS[name]
+    folder = save_model(tmp_path / "model", family, **sizes)
+    flags = {"model": folder, "to_mcore": "true", "output_dir": tmp_path / "mcore"}
+    flags |= {"torch_dtype": "bfloat16", "test_convert_precision": "true"}
+    run_ranks(1, convert, [word for k, v in flags.items() for word in (f"--{k}", str(v))])
+    assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").exists()
