@@ -101,13 +101,17 @@ def megatron_namespace(
 
 
 def layout_attributes(
-    megatron_args: dict[str, Any], padded_vocab: int, backend: str
+    megatron_args: dict[str, Any], padded_vocab: int, backend: str, accumulate: bool = False
 ) -> dict[str, Any]:
-    """Attributes of the namespace that the model builder reads."""
+    """Attributes of the namespace that the model builder reads.
+
+    `accumulate`: TransformerEngine's layers add up weight gradients inside their products.
+    """
     return {
         "vocab_size": megatron_args["vocab_size"],
         "padded_vocab_size": padded_vocab,
         "layer_backend": backend,
+        "accumulate_inside_products": accumulate,
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "distributed_backend": platform.backend(),
         **MODEL_SWITCHES,

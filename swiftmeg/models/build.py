@@ -75,7 +75,7 @@ def model_config(
             _forbid_padded_vocabulary(model, args.vocab_size)
             if not args.fp8:
                 _leave_out_extra_state(model)
-            if getattr(args, "accumulate_inside_products", False):
+            if args.accumulate_inside_products:
                 _accumulate_inside_products(model)
         return models
 

@@ -80,12 +80,16 @@ def training_namespace(args: Any, model: HFModel, data: DataSizes) -> argparse.N
     vocabulary = padded_vocab_size(
         model.megatron_args["vocab_size"], args.tensor_model_parallel_size
     )
-    attributes = layout_attributes(model.megatron_args, vocabulary, backend)
+    attributes = layout_attributes(
+        model.megatron_args,
+        vocabulary,
+        backend,
+        accumulate=args.no_gradient_accumulation_fusion is not True,
+    )
     namespace = megatron_namespace(flags, args.extra_megatron_kwargs, attributes)
     # Megatron switches it off without a worker of its own, which takes tensors over shared memory:
     # on CPUs training would change them while they are written. There a forked process writes.
     namespace.async_save = args.async_save
-    namespace.accumulate_inside_products = args.no_gradient_accumulation_fusion is not True
     namespace.moe_grouped_gemm = bool(namespace.num_experts) and args.moe_grouped_gemm
     _keep_lists(namespace, args)
     return namespace

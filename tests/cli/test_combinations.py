@@ -38,6 +38,9 @@ CASES = [
          recompute_modules="attention"),
     case("--recompute_modules mla_up_proj: --model .* has none", recompute_modules="mla_up_proj"),
     case("--recompute_modules moe_act: --model .* has none", recompute_modules="moe_act"),
+    # Adapters.
+    case("--lorap_lr_ratio 16.0 needs --train_type lora: set it or drop it", lorap_lr_ratio=16),
+    case("--lorap_lr_ratio 0.0: must be above 0", train_type="lora", lorap_lr_ratio=0),
     # The layout.
     case("1 process cannot be split into --tensor_model_parallel_size 2 x",
          tensor_model_parallel_size=2),

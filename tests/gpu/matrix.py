@@ -170,10 +170,8 @@ def main(models: list[str]) -> int:
                 error = one.exception() or two.exception()
                 same = error is None and is_same(one.result(), two.result())
                 failed |= not same
-                page.append(
-                    f"`--deterministic_mode true` twice, {name}: "
-                    f"{'bit-identical' if same else 'NOT identical'}."
-                )
+                words = "bit-identical" if same else "failed" if error else "NOT identical"
+                page.append(f"`--deterministic_mode true` twice, {name}: {words}.")
                 print(page[-1], str(error or "")[-900:])
             page.append("")
     PAGE.write_text("\n".join(page).rstrip() + "\n")

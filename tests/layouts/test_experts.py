@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.layouts.test_training import ONE_STEP as DESCENT
 from tests.layouts.test_training import load_folder, relative, rows, train_steps
 from tests.tiny import save_model
 
@@ -60,20 +61,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 RATE = 0.01
-ONE_STEP = {
-    "optimizer": "sgd",
-    "sgd_momentum": 0,
-    "lr": 64.0,
-    "min_lr": 64.0,
-    "lr_decay_style": "constant",
-    "weight_decay": 0,
-    "clip_grad": 0,
-    "use_distributed_optimizer": "false",
-    "train_iters": 1,
-    "global_batch_size": 20,
-    "save_safetensors": "true",
-    "moe_router_bias_update_rate": RATE,
-}
+ONE_STEP = DESCENT | {"moe_router_bias_update_rate": RATE}
 BALANCED = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05}
 TENSOR = {"tensor_model_parallel_size": 2}
 EXPERT = {"expert_model_parallel_size": 2}

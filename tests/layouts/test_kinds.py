@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.layouts.test_training import (
+    ONE_STEP,
     load_folder,
     relative,
     rows,
@@ -52,20 +53,6 @@ LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("gpt_oss", "packed"): (1, {}),
     ("gpt_oss", "padded-ep2"): (2, PADDED | EXPERT | {"micro_batch_size": 2}),
     ("gpt_oss", "etp2-cp2"): (4, SEQUENCE | CONTEXT),
-}
-RATE = 64.0
-ONE_STEP = {
-    "optimizer": "sgd",
-    "sgd_momentum": 0,
-    "lr": RATE,
-    "min_lr": RATE,
-    "lr_decay_style": "constant",
-    "weight_decay": 0,
-    "clip_grad": 0,
-    "use_distributed_optimizer": "false",
-    "train_iters": 1,
-    "global_batch_size": 20,
-    "save_safetensors": "true",
 }
 
 
@@ -119,6 +106,6 @@ def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) 
     after = load_folder(work / f"{name}-{layout}" / "iter_0000001-hf")
     assert before.keys() == after.keys() == expected.keys()
     for key, gradient in expected.items():
-        found = (before[key] - after[key]) / RATE
+        found = (before[key] - after[key]) / ONE_STEP["lr"]
         assert gradient.norm() > 0, key
         assert (found - gradient).norm() <= 2e-5 * gradient.norm(), key

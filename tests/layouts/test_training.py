@@ -47,6 +47,22 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+ONE_STEP: dict[str, Any] = {
+    "optimizer": "sgd",
+    "sgd_momentum": 0,
+    "lr": 64.0,
+    "min_lr": 64.0,
+    "lr_decay_style": "constant",
+    "weight_decay": 0,
+    "clip_grad": 0,
+    "use_distributed_optimizer": "false",
+    "train_iters": 1,
+    "global_batch_size": 20,
+    "save_safetensors": "true",
+}
+"""A step of plain descent over all rows: what it changes is the gradient times its rate."""
+
+
 def run_training(argv: list[str]) -> None:
     """`megatron sft` inside an existing job."""
     from swiftmeg.args.commands import SftArguments

@@ -209,11 +209,13 @@ class DotProductAttention(MegatronModule):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Batched attention over [b, heads, s, d]; without a mask the last query sees all keys."""
         missing = k.shape[-2] - q.shape[-2]
-        if missing or self.window is not None or self.softmax_offset is not None:
+        # A window that reaches over all keys needs no mask.
+        window = self.window if self.window and self.window < k.shape[-2] else None
+        if missing or window or self.softmax_offset is not None:
             seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
             seen = seen.tril(missing)
-            if self.window is not None:
-                seen = seen.triu(missing + 1 - self.window)
+            if window:
+                seen = seen.triu(missing + 1 - window)
             mask = seen if mask is None else mask & seen
         if self.softmax_offset is not None:
             q, k, v, mask = self._with_sinks(q, k, v, mask)
