@@ -13,6 +13,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     OlmoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -47,6 +48,7 @@ CONFIGS = {
     "gpt_oss": GptOssConfig,
     "mistral": MistralConfig,
     "olmo2": Olmo2Config,
+    "olmo3": Olmo3Config,
     "olmoe": OlmoeConfig,
 }
 
@@ -60,7 +62,7 @@ def save_model(
 ) -> Path:
     """Write a randomised model of `family` with its tokenizer; `sizes` override SIZES."""
     settings = SIZES | sizes
-    if family in ("qwen2", "qwen2_moe", "deepseek_v3", "olmo2", "olmoe"):
+    if family in ("qwen2", "qwen2_moe", "deepseek_v3", "olmo2", "olmo3", "olmoe"):
         settings.pop("head_dim")
     config = CONFIGS[family](**settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(7)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from swiftmeg.args.moe import ExpertShapeArguments, LatentShapeArguments, check_pattern
 from swiftmeg.errors import UserError
-from swiftmeg.models.arguments import ROPE_TYPES
+from swiftmeg.models.arguments import ROPE_TYPES, ropes
 from swiftmeg.models.hf import HFModel
 
 _FIXED = {
@@ -178,6 +178,11 @@ def _rope_changes(model: HFModel, args: Any) -> dict[str, Any] | None:
         )
     if base is None and text is None:
         return None
+    if None not in ropes(model.config):
+        raise UserError(
+            f"--{'rotary_base' if text is None else 'rope_scaling'}: the layers of {model.folder} "
+            "differ in RoPE: drop it, or change rope_parameters in config.json"
+        )
     rope = dict(model.hf_config.rope_parameters or {})
     rope.setdefault("rope_type", "default")
     if text is not None:

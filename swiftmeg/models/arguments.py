@@ -58,9 +58,16 @@ def rope_theta(config: HFConfig) -> float:
     return float(nested.get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
-def rope_type(config: HFConfig) -> str:
-    """RoPE's scaling; UserError if it is not supported."""
-    kind = (config.get("rope_parameters") or {}).get("rope_type", "default")
+def ropes(config: HFConfig) -> dict[str | None, dict[str, Any]]:
+    """`rope_parameters` by type of layer; all of them under None where layers share them."""
+    nested = config.get("rope_parameters") or {}
+    types = config.get("layer_types") or ()
+    return {kind: nested[kind] for kind in types if kind in nested} or {None: nested}
+
+
+def rope_type(config: HFConfig, layer_type: str | None = None) -> str:
+    """RoPE's scaling in layers of a type; UserError if it is not supported."""
+    kind = ropes(config)[layer_type].get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise UserError(
             f"config.json: rope_type {kind!r} is not supported; {', '.join(ROPE_TYPES)} are: "

@@ -16,7 +16,12 @@ from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.layers import block_spec, prediction_spec
 from swiftmeg.models.layout import Dims
-from swiftmeg.models.rope import LatentRotaryEmbedding, ScaledRotaryEmbedding
+from swiftmeg.models.rope import (
+    LatentRotaryEmbedding,
+    ScaledRotaryEmbedding,
+    TypedRotaryEmbedding,
+    rope_types,
+)
 
 ModelHook = Callable[[list[GPTModel]], list[GPTModel]]
 
@@ -111,11 +116,18 @@ def _use_hf_rope(model: GPTModel, hf_config: Any) -> None:
             layer.self_attention.rotary_pos_emb = rope
         return
     dim = int(config.kv_channels * model.rotary_percent)
-    rope = ScaledRotaryEmbedding(hf_config, dim, cp_group, config.rotary_interleaved)
-    model.rotary_pos_emb = rope
+    ropes = {
+        kind: ScaledRotaryEmbedding(hf_config, dim, cp_group, config.rotary_interleaved, kind)
+        for kind in rope_types(hf_config)
+    }
+    typed = TypedRotaryEmbedding(ropes) if None not in ropes else None  # type: ignore[arg-type]
+    model.rotary_pos_emb = typed or ropes[None]
     for layer in _attention_layers(model):
+        kind = None if typed is None else hf_config.layer_types[layer.layer_number - 1]
         # Megatron's name for the factor on cosine and sine, whatever the scaling.
-        layer.self_attention._yarn_concentration_factor = rope.attention_scaling
+        layer.self_attention._yarn_concentration_factor = ropes[kind].attention_scaling
+        if typed is not None:
+            typed.choose(layer.self_attention, str(kind))
 
 
 def _attention_layers(model: GPTModel) -> Iterator[Any]:

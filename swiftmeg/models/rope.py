@@ -15,9 +15,13 @@ from swiftmeg.errors import UserError
 from swiftmeg.models import arguments
 
 
-def rope_type(hf_config: Any) -> str:
-    """The scaling that a transformers config asks for; UserError if it is not supported."""
-    return arguments.rope_type(hf_config.to_dict())
+def rope_types(hf_config: Any) -> dict[str | None, str]:
+    """The scaling that a transformers config asks for, by type of layer.
+
+    Under None where all layers share it. UserError if one is not supported.
+    """
+    config = hf_config.to_dict()
+    return {kind: arguments.rope_type(config, kind) for kind in arguments.ropes(config)}
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
@@ -25,15 +29,25 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
 
     It turns the first `dim` entries of a head: pairs (i, i + dim / 2), or (2i, 2i + 1) if
     `interleaved`. `attention_scaling` multiplies cosine and sine; 1 unless the scaling is yarn.
+    `layer_type` chooses between the frequencies of layers of several types.
     """
 
-    def __init__(self, hf_config: Any, dim: int, cp_group: Any, interleaved: bool = False) -> None:
+    def __init__(
+        self,
+        hf_config: Any,
+        dim: int,
+        cp_group: Any,
+        interleaved: bool = False,
+        layer_type: str | None = None,
+    ) -> None:
         super().__init__(dim, rotary_percent=1.0, rotary_interleaved=interleaved, cp_group=cp_group)
         self.hf_config = hf_config
-        self.kind = rope_type(hf_config)
+        self.layer_type = layer_type
+        self.kind = rope_types(hf_config)[layer_type]
         self.attention_scaling = 1.0
         if self.kind == "default":
-            theta = float((hf_config.rope_parameters or {}).get("rope_theta", 10000.0))
+            parameters = arguments.ropes(hf_config.to_dict())[layer_type]
+            theta = float(parameters.get("rope_theta", 10000.0))
             exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
             self.inv_freq = 1.0 / theta**exponents
         else:
@@ -45,8 +59,9 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             )
 
     def _scaled(self, seq_len: int | None) -> tuple[Tensor, float]:
+        typed = {} if self.layer_type is None else {"layer_type": self.layer_type}
         frequencies, scaling = ROPE_INIT_FUNCTIONS[self.kind](
-            self.hf_config, torch.device("cpu"), seq_len=seq_len
+            self.hf_config, torch.device("cpu"), seq_len=seq_len, **typed
         )
         return frequencies, float(scaling)
 
@@ -56,6 +71,33 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             frequencies, _ = self._scaled(int(max_seq_len))
             self.inv_freq = frequencies.to(self.inv_freq.device)
         return super().get_freqs_non_repeated(max_seq_len, offset)
+
+
+class TypedRotaryEmbedding(RotaryEmbedding):
+    """Rotary embeddings of layers of several types, whose frequencies differ.
+
+    Megatron hands every layer what the model's one embedding returns: here the angles of all types
+    side by side, of which `choose` lets a layer take its own.
+    """
+
+    def __init__(self, embeddings: dict[str, ScaledRotaryEmbedding]) -> None:
+        first = next(iter(embeddings.values()))
+        super().__init__(first.inv_freq.numel() * 2, rotary_percent=1.0, cp_group=first.cp_group)
+        self.embeddings = torch.nn.ModuleDict(embeddings)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Angles [s, 1, 1, types * dim]."""
+        return torch.cat([each(*args, **kwargs) for each in self.embeddings.values()], dim=-1)
+
+    def choose(self, attention: torch.nn.Module, layer_type: str) -> None:
+        """Hand `attention` the angles of its type."""
+        count, place = len(self.embeddings), list(self.embeddings).index(layer_type)
+
+        def take(module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+            angles = kwargs["rotary_pos_emb"].chunk(count, dim=-1)[place].contiguous()
+            return args, kwargs | {"rotary_pos_emb": angles}
+
+        attention.register_forward_pre_hook(take, with_kwargs=True)
 
 
 class LatentRotaryEmbedding(ScaledRotaryEmbedding):

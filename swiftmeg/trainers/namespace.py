@@ -13,7 +13,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.models.build import padded_vocab_size
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layers import choose_backend
-from swiftmeg.models.rope import rope_type
+from swiftmeg.models.rope import rope_types
 from swiftmeg.trainers.data import length_multiple
 
 
@@ -122,7 +122,7 @@ def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
         return bool(args.no_rope_fusion)
     built = model.megatron_args
     unfused = built.get("multi_latent_attention") or built.get("rotary_interleaved")
-    return backend == "native" or rope_type(model.hf_config) == "yarn" or bool(unfused)
+    return backend == "native" or "yarn" in rope_types(model.hf_config).values() or bool(unfused)
 
 
 def _no_gradient_accumulation_fusion(args: Any) -> bool:

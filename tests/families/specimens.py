@@ -302,6 +302,21 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
         ),
     },
     "Olmo2ForCausalLM": {"olmo2": Specimen("Olmo2Config", {"attention_bias": True})},
+    "Olmo3ForCausalLM": {
+        "olmo3": Specimen(
+            "Olmo3Config",
+            {
+                "sliding_window": 7,
+                "rope_theta": 900.0,
+                "rope_scaling": {k: v for k, v in YARN.items() if k != "rope_theta"}
+                | {"attention_factor": 1.2},
+            },
+        ),
+        "olmo3-windows": Specimen(
+            "Olmo3Config",
+            {"num_hidden_layers": 2, "sliding_window": 9, "num_key_value_heads": 1},
+        ),
+    },
     "OlmoeForCausalLM": {
         "olmoe": Specimen("OlmoeConfig", {"num_experts": 6, "num_experts_per_tok": 2}, experts=True)
     },

@@ -23,6 +23,18 @@ EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "router_aux_loss_coef": 0
 MODELS: dict[str, dict[str, Any]] = {
     "glm4": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "olmo2": {"num_attention_heads": 4, "num_key_value_heads": 1},
+    "olmo3": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 11,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2} | EXPERTS,
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 11},
     "gpt_oss": {
@@ -34,8 +46,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "swiglu_limit": 0.6,
     },
 }
-"""Norms before and after; across heads, fewer key heads than ranks; across heads with experts;
-windows; sinks, windows in every other layer, experts with biases and a clamped gate."""
+"""Norms before and after; across heads, fewer key heads than ranks; with windows and a RoPE for
+each type of layer; across heads with experts; windows; sinks, windows in every other layer,
+experts with biases and a clamped gate."""
 
 TENSOR = {"tensor_model_parallel_size": 2}
 SEQUENCE = TENSOR | {"sequence_parallel": "true"}
@@ -47,7 +60,7 @@ LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("glm4", "tp2-sp"): (2, SEQUENCE),
     ("olmo2", "packed"): (1, {}),
     ("olmo2", "tp2"): (2, TENSOR),
-    ("olmo2", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
+    ("olmo3", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
     ("olmoe", "tp2-sp"): (2, SEQUENCE | {"expert_tensor_parallel_size": 1}),
     ("mistral", "cp2"): (2, CONTEXT),
     ("gpt_oss", "packed"): (1, {}),

@@ -8,10 +8,10 @@ from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.rows import HF_LAYER, LAYER
 
 
-def to_args(config: HFConfig) -> dict[str, Any]:
+def to_args(config: HFConfig, windows: bool = False) -> dict[str, Any]:
     """Norms after attention and MLP only, and over all queries and keys of a token together."""
     bias = config.get("attention_bias", False)
-    return dense_args(config) | {
+    return dense_args(config, windows) | {
         "qk_layernorm": True,
         "qk_norm_across_heads": True,
         "norm_before": False,
