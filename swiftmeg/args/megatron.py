@@ -293,7 +293,7 @@ class LoopArguments:
     arithmetic, instead of training; in one process, without a GPU, for NPROC_PER_NODE x NNODES
     processes."""
     max_epochs: int | None = None
-    """Stop after this many passes over the data."""
+    """Stop after this many passes over the data, or --train_iters if that is fewer steps."""
     no_log_learning_rate_to_tensorboard: bool = False
     """Leave the learning rate out of TensorBoard."""
     add_version: bool = True

@@ -105,7 +105,7 @@ class DataArguments:
     """Fill rows of --max_length tokens with whole samples that do not see each other."""
     streaming: bool = False
     """Read and tokenise rows while training: for sets that are too large to be prepared, or
-    endless. Needs --train_iters."""
+    endless. Needs --train_iters; --max_epochs ends sooner."""
     shuffle_buffer_size: int = 1000
     """Rows among which --streaming shuffles."""
     lazy_tokenize: bool | None = None

@@ -76,13 +76,22 @@ def owner(place: int, lanes: int) -> int:
 class Dealer:
     """Walks through the stream and hands the rows of the given lanes to them.
 
-    `positions` are the lanes' own, of `lanes` in all. Raises UserError where an epoch and more
-    holds nothing usable.
+    `positions` are the lanes' own, of `lanes` in all. The stream ends after `epochs` (None: never).
+    Raises UserError where an epoch and more holds nothing usable.
     """
 
-    def __init__(self, stream: RowStream, lanes: int, positions: dict[int, Position]) -> None:
+    def __init__(
+        self,
+        stream: RowStream,
+        lanes: int,
+        positions: dict[int, Position],
+        epochs: int | None = None,
+    ) -> None:
         self._stream = stream
         self._lanes = lanes
+        self.epochs = epochs
+        self.end: int | None = None
+        """The place behind the last row, once it is known."""
         self._first = {lane: position.first() for lane, position in positions.items()}
         self._queues: dict[int, deque[Dealt]] = {lane: deque() for lane in positions}
         earliest = min(positions.values(), key=lambda position: position.epoch)
@@ -90,15 +99,21 @@ class Dealer:
         self._epoch_rows: int | None = None
         self._unusable = 0
 
-    def next(self, lane: int) -> Dealt:
-        """Return the lane's next row."""
+    def next(self, lane: int) -> Dealt | None:
+        """Return the lane's next row; None where the stream has ended."""
         queue = self._queues[lane]
         while not queue:
-            dealt = next(self._rows)
+            dealt = next(self._rows, None)
+            if dealt is None:
+                return None
             wanted_by = owner(dealt.place, self._lanes)
             if dealt.place >= self._first.get(wanted_by, dealt.place + 1):
                 self._queues[wanted_by].append(dealt)
         return queue.popleft()
+
+    def put_back(self, lane: int, dealt: Dealt) -> None:
+        """Let `dealt` be the lane's next row."""
+        self._queues[lane].appendleft(dealt)
 
     def standard(self, dealt: Dealt) -> Row:
         """Return the row in standard form; raises RowError."""
@@ -111,7 +126,7 @@ class Dealer:
             raise UserError(f"--streaming true: the last {self._unusable} rows could not be used")
 
     def _walk(self, epoch: int, start: int) -> Iterator[Dealt]:
-        while True:
+        while self.epochs is None or epoch < self.epochs:
             place = start
             for row in self._stream.epoch(epoch):
                 yield Dealt(place, epoch, start, row)
@@ -120,13 +135,16 @@ class Dealer:
             if not self._epoch_rows:
                 raise UserError("--dataset: no rows")
             epoch, start = epoch + 1, place
+        self.end = start
 
 
 class Lane:
     """The samples of one lane, from a position on.
 
     With `pack_length` a sample is a list of encoded rows of at most that many tokens, of windows of
-    `WINDOW` packs. The emptiest pack of a window goes back into the next one, once.
+    `WINDOW` packs. The emptiest pack of a window goes back into the next one, once. Where the
+    stream has an end, a window ends with its epoch and holds nothing back then: its packs are the
+    same in a run of more epochs.
     """
 
     def __init__(
@@ -147,44 +165,53 @@ class Lane:
         self._position = position
         self._next = position
         self._kept: dict[int, tuple[Dealt, Encoded]] = {}
-        self._drops = Drops()
+        self.drops = Drops()
+        """What was dropped since the last sample."""
         self._ready: deque[Any] = deque()
         if position.taken:
             self._fill()
-            self._drops = Drops()  # they were reported with the first of these samples
+            self.drops = Drops()  # they were reported with the first of these samples
             for _ in range(position.taken):
                 self._ready.popleft()
 
-    def take(self) -> Sample:
-        """Return the next sample."""
+    def take(self) -> Sample | None:
+        """Return the next sample; None where the stream has ended."""
         if not self._ready:
             self._position = self._next
             self._fill()
+        if not self._ready:
+            return None
         content = self._ready.popleft()
         self._position = replace(self._position, taken=self._position.taken + 1)
         position = self._position if self._ready else self._next
-        drops, self._drops = self._drops, Drops()
+        drops, self.drops = self.drops, Drops()
         return Sample(content, position, drops)
 
     def _fill(self) -> None:
         """Make the samples that begin at the position, and find where the next ones begin."""
         if self._pack_length is None:
-            dealt, row = self._usable_row()
-            self._ready.append(row)
-            self._next = _behind(dealt)
+            if (usable := self._usable_row()) is not None:
+                self._ready.append(usable[1])
+                self._next = _behind(usable[0])
             return
         rows = dict(self._kept)
         tokens = sum(len(row["input_ids"]) for _, row in rows.values())
+        ended = False
         while tokens < WINDOW * self._pack_length:
-            dealt, row = self._usable_row()
-            rows[dealt.place] = dealt, row
-            tokens += len(row["input_ids"])
+            epoch = next(iter(rows.values()))[0].epoch if rows else None
+            usable = self._usable_row(None if self._dealer.epochs is None else epoch)
+            if ended := usable is None:
+                break
+            rows[usable[0].place] = usable
+            tokens += len(usable[1]["input_ids"])
+        if not rows:
+            return
         places = sorted(rows)
         lengths = [len(rows[place][1]["input_ids"]) for place in places]
         packs = pack(lengths, self._pack_length)
         emptiest = min(range(len(packs)), key=lambda n: sum(lengths[i] for i in packs[n]))
         held = [places[i] for i in packs[emptiest]]
-        if len(packs) > 1 and not set(held) & set(self._position.held):
+        if len(packs) > 1 and not ended and not set(held) & set(self._position.held):
             packs.pop(emptiest)
         else:
             held = []
@@ -195,9 +222,12 @@ class Lane:
             first = rows[held[0]][0]
             self._next = replace(self._next, held=held, epoch=first.epoch, start=first.start)
 
-    def _usable_row(self) -> tuple[Dealt, Encoded]:
-        while True:
-            dealt = self._dealer.next(self._lane)
+    def _usable_row(self, epoch: int | None = None) -> tuple[Dealt, Encoded] | None:
+        """The next row and its place; None at the end of `epoch`, or of the stream."""
+        while (dealt := self._dealer.next(self._lane)) is not None:
+            if epoch is not None and dealt.epoch != epoch:
+                self._dealer.put_back(self._lane, dealt)
+                return None
             if dealt.place < self._position.at and dealt.place not in self._position.held:
                 continue
             try:
@@ -205,11 +235,12 @@ class Lane:
             except RowError as error:
                 if self._strict and not isinstance(error, RowTooLong):
                     raise UserError(f"--strict true: {dealt.origin}: {error}") from None
-                self._drops.add(dealt.origin, error)
+                self.drops.add(dealt.origin, error)
                 self._dealer.count(usable=False)
             else:
                 self._dealer.count(usable=True)
                 return dealt, encoded
+        return None
 
 
 def _behind(dealt: Dealt) -> Position:

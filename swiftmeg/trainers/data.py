@@ -75,6 +75,9 @@ class TrainingData:
     def resume(self, saved: Any) -> None:
         """Take what the namespace of a checkpoint that is continued says about the data."""
 
+    def after_step(self, megatron: Any, iteration: int) -> None:
+        """End the run by `megatron.train_iters` where there is no other step; collective."""
+
     def before_save(self, megatron: Any) -> None:
         """Put into Megatron's namespace, which is saved, what resuming needs; collective."""
 

@@ -114,7 +114,12 @@ def _run_loop(run: Run) -> None:
     upstream.group_parameters(partial(learning_rates, ratio=args.lorap_lr_ratio))
     counter = TokenCounter()
     log = RunLog(run.folder, megatron, counter)
-    upstream.on_training_log(log.observe, log.print_line)
+
+    def after_step(*step: Any, **more: Any) -> None:
+        run.data.after_step(megatron, iteration=step[3])
+        log.observe(*step, **more)
+
+    upstream.on_training_log(after_step, log.print_line)
     upstream.on_evaluation(log.observe_evaluation)
     folder = CheckpointFolder(run.folder, args.save_total_limit)
     write_hf = _hf_writer(run, folder, megatron) if args.save_safetensors else None
@@ -150,9 +155,10 @@ def _begin_with(run: Run, megatron: Any) -> Callable[..., Any]:
     provide = run.data.provider(megatron)
 
     def begin(sizes: Any, vp_stage: int | None = None) -> Any:
+        iterators = provide(sizes, vp_stage)
         if not vp_stage:
             _open_folder(run, megatron)
-        return provide(sizes, vp_stage)
+        return iterators
 
     begin.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
     return begin

@@ -8,7 +8,7 @@ import pytest
 
 from swiftmeg.data.rows import Drops
 from swiftmeg.data.stream import RowStream
-from swiftmeg.data.stream_loader import StreamLoader, StreamPosition
+from swiftmeg.data.stream_loader import Rest, StreamLoader, StreamPosition
 from swiftmeg.data.template import Template
 from swiftmeg.errors import UserError
 
@@ -92,6 +92,29 @@ class Job:
                 for sample in next(iterator)
             ]
 
+    def to_the_end(self):
+        """All global batches that all ranks can make, and what is left."""
+        found = list(self.steps_before_the_rest())
+        self.deal_rest()
+        while min([loader.has_step() for loader in self.loaders]):
+            found += self.global_batches(1)
+        for loader in self.loaders:
+            loader.finish()
+        return found
+
+    def steps_before_the_rest(self):
+        while min([loader.has_step() for loader in self.loaders]):
+            yield from self.global_batches(1)
+
+    def deal_rest(self):
+        rest = Rest()
+        for part in [loader.rest() for loader in self.loaders]:
+            rest.merge(part)
+        for loader in self.loaders:
+            self.left_out = loader.deal(rest)
+        samples = [numbers(each) for each in rest.in_turns()]
+        self.rest_rows = samples[len(samples) - self.left_out :]
+
     def position(self):
         """What a checkpoint would keep, written and read."""
         whole = StreamPosition()
@@ -162,6 +185,61 @@ def test_packs_are_full_and_hold_whole_rows(tmp_path):
     ]
     assert max(lengths) <= 200
     assert sum(lengths) / (200 * len(lengths)) > 0.98
+
+
+@pytest.mark.parametrize("pack_length", PACKED)
+@pytest.mark.parametrize("rows", [1, 30, 83])
+def test_a_stream_ends_with_its_last_epoch(tmp_path, monkeypatch, rows, pack_length):
+    """Every layout makes as many steps; what is not in them is counted, with what is dropped."""
+    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 4)
+    path = numbered(tmp_path, rows, bad=lambda number: number % 7 == 3)
+    usable = sum(number % 7 != 3 for number in range(rows))
+    kinds = set()
+    for mbs, dp, num_workers in [(1, 1, 0), (1, 2, 0), (2, 6, 0), (1, 3, 2)]:
+        stream = RowStream([path], shuffle_buffer_size=10)
+        options = {"pack_length": pack_length, "num_workers": num_workers}
+        job = Job(stream, mbs, 12, dp, epochs=3, **options)
+        found = job.to_the_end()
+        samples = [sample for batch in found for sample in batch]
+        assert all(len(batch) == 12 for batch in found)
+        assert job.left_out < 12
+        if pack_length is None:
+            assert len(samples) + job.left_out == 3 * usable
+        assert max(collections.Counter(itertools.chain(*samples)).values(), default=0) <= 3
+        assert job.position().drops.total == 3 * (rows - usable)
+        kinds.add(json.dumps(found))
+    assert len(kinds) == 1
+    assert bool(found) == (rows > 1)
+
+
+@pytest.mark.parametrize("pack_length", PACKED)
+def test_a_run_that_ends_can_be_continued_anywhere(tmp_path, monkeypatch, pack_length):
+    """Before and among its last steps, and with more epochs behind them."""
+    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 4)
+    path = numbered(tmp_path, 120, bad=lambda number: number % 7 == 3 or number % 4 == 1)
+    stream = RowStream([path], shuffle_buffer_size=10)
+    options = {"epochs": 2, "pack_length": pack_length}
+    whole = Job(stream, 1, 4, 2, **options).to_the_end()
+    before = len(list(Job(stream, 1, 4, 2, **options).steps_before_the_rest()))
+    assert before < len(whole)
+    for made in range(len(whole) + 1):
+        first = Job(stream, 1, 4, 2, **options)
+        found = list(first.global_batches(min(made, before)))
+        if made > before:
+            assert not min([loader.has_step() for loader in first.loaders])
+            first.deal_rest()
+            found += first.global_batches(made - before)
+        second = Job(stream, 2, 4, 1, first.position(), **options)
+        assert [sorted(batch) for batch in found + second.to_the_end()] == [
+            sorted(batch) for batch in whole
+        ]
+    again = Job(stream, 1, 4, 2, second.position(), **options)
+    assert again.to_the_end() == []
+    more = Job(stream, 1, 4, 2, second.position(), **options | {"epochs": 3})
+    rows = collections.Counter(row for batch in more.to_the_end() for each in batch for row in each)
+    assert max(rows.values()) == 1
+    usable = sum(number % 7 != 3 and number % 4 != 1 for number in range(120))
+    assert usable - len(rows) == sum(map(len, more.rest_rows))
 
 
 def test_without_shuffling_rows_keep_their_order(tmp_path):

@@ -20,8 +20,10 @@ SAVED = 3
 MODES: dict[str, dict[str, Any]] = {
     "packed": {"packing": "true", "max_length": 128},
     "streaming": {"streaming": "true"},
-    "streaming-packed": {"streaming": "true", "packing": "true", "max_length": 128},
+    "streaming-packed-epochs": {"streaming": "true", "packing": "true", "max_length": 128}
+    | {"max_epochs": 5, "train_iters": 99},
 }
+"""Where --max_epochs ends the run, it does so in fewer than 99 steps on every rank."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def half(work: Path) -> Callable[[str], dict[str, dict[str, float]]]:
     @functools.cache
     def train_half(mode: str) -> dict[str, dict[str, float]]:
         stop: dict[str, Any] = {"train_iters": SAVED, "save_interval": SAVED}
-        return run(work, f"{mode}-half", 2, **stop, **MODES[mode])
+        return run(work, f"{mode}-half", 2, **MODES[mode] | stop)
 
     return train_half
 
@@ -87,16 +89,37 @@ def test_continued_runs_see_the_same_samples(
 ) -> None:
     flags = MODES[mode]
     whole = run(work, f"{mode}-whole", 1, **flags)
-    assert len({record["lm loss"] for record in whole.values()}) == STEPS
+    steps = len(whole) if "max_epochs" in flags else STEPS
+    assert len({record["lm loss"] for record in whole.values()}) == steps
+    assert SAVED < steps < 99
     found = {1: half(mode)}
     for world in (1, 2):
         load = {"load": work / f"{mode}-half"}
         found[world + 1] = run(work, f"{mode}-{world}", world, **load, **flags)
-        assert list(found[world + 1]) == [str(step) for step in range(SAVED + 1, STEPS + 1)]
+        assert list(found[world + 1]) == [str(step) for step in range(SAVED + 1, steps + 1)]
+        assert (work / f"{mode}-{world}" / f"iter_{steps:07d}").is_dir()
     for records in found.values():
         for step, record in records.items():
             for key in ("lm loss", "consumed_samples"):
                 assert record[key] == pytest.approx(whole[step][key], rel=1e-5), step
+
+
+def test_a_stream_that_ends_early_says_so(work: Path) -> None:
+    flags = {"streaming": "true", "max_epochs": 1, "train_iters": 99}
+    with pytest.raises(
+        RuntimeError, match=r"--max_epochs 1: the stream ends before one --global_b"
+    ):
+        run(work, "short", 2, global_batch_size=64, **flags)
+    assert not (work / "short").exists()
+    made = run(work, "ended", 2, global_batch_size=8, **flags)
+    assert list(made) == ["1", "2", "3"]
+    again = run(work, "ended", 1, global_batch_size=8, load=work / "ended", **flags)
+    assert list(again) == list(made)
+    more = run(
+        work, "ended", 1, global_batch_size=8, load=work / "ended", **flags | {"max_epochs": 2}
+    )
+    assert list(more)[:4] == ["1", "2", "3", "4"]
+    assert len(more) in (5, 6)
 
 
 def test_a_stream_is_not_continued_as_another(
