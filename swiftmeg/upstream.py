@@ -177,6 +177,17 @@ def build_predictions(spec: Callable[[Any, int | None], Any]) -> None:
     gpt.mtp_block_spec = lambda config, layers, vp_stage=None: spec(config, vp_stage)
 
 
+def attach_prediction_losses(attach: Callable[..., Any]) -> None:
+    """Let GPTModel add the losses of prediction modules to the objective with `attach`.
+
+    Its own function averages them over each micro-batch of each context-parallel rank, so that the
+    gradients depend on both. Can go when it divides by the tokens of the global batch.
+    """
+    from megatron.core.models.gpt import gpt_model
+
+    gpt_model.process_mtp_loss = attach
+
+
 def on_training_log(observer: Callable[..., None], print_line: Callable[[str], None]) -> None:
     """Call `observer` with the arguments of every training_log() and send its line to `print_line`.
 

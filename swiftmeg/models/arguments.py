@@ -30,6 +30,8 @@ class LayerSwitches:
     """The expert bias is added to softmax scores."""
     router_best_of_group: bool = False
     """A group of experts counts by its best expert."""
+    predictions_before_norm: bool = False
+    """Prediction modules read the decoder's output before the final norm, not after it."""
 
     @classmethod
     def of(cls, args: Any) -> "LayerSwitches":

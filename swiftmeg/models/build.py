@@ -16,6 +16,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.layers import block_spec, prediction_spec
 from swiftmeg.models.layout import Dims
+from swiftmeg.models.predictions import attach_prediction_losses, read_before_norm
 from swiftmeg.models.rope import (
     LatentRotaryEmbedding,
     ScaledRotaryEmbedding,
@@ -78,6 +79,8 @@ def model_config(
             if args.num_experts is not None:
                 _keep_marks_whole(model)
             _forbid_padded_vocabulary(model, args.vocab_size)
+            if model.mtp_process and LayerSwitches.of(args).predictions_before_norm:
+                read_before_norm(model)
             if not args.fp8:
                 _leave_out_extra_state(model)
             if args.accumulate_inside_products:
@@ -93,6 +96,7 @@ def model_config(
         config.transformer.rope_type = "yarn"
     config.transformer_layer_spec = spec
     upstream.build_predictions(predictions)
+    upstream.attach_prediction_losses(attach_prediction_losses)
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]
     config.post_wrap_hooks = list(post_wrap_hooks or [])
     return config

@@ -24,7 +24,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from swiftmeg.models.choice import Choice
-from swiftmeg.models.router_losses import LOSSES, Samples
+from swiftmeg.models.router_losses import Samples
+from swiftmeg.models.step_losses import LOSSES
 
 
 def token_marks(samples: Tensor, trained: Tensor, count: int) -> Tensor:
@@ -148,7 +149,7 @@ class Router(TopKRouter):
         self, activation: Tensor, samples: Samples, name: str, coefficient: float, value: Tensor
     ) -> Tensor:
         """Add `coefficient * value` to the objective, a sum over trained tokens, and log it."""
-        LOSSES.add(name, value.detach(), samples.trained.sum())
+        LOSSES.add(name, value, samples.trained.sum())
         loss = coefficient * value
         if not self.calculate_per_token_loss:
             loss = loss / samples.trained_per_sample.sum().clamp(min=1)

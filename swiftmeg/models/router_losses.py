@@ -1,4 +1,4 @@
-"""The router's losses: statistics over samples that ranks share, and their record for the log."""
+"""The router's losses: statistics over samples that ranks share."""
 
 from typing import Any
 
@@ -56,32 +56,3 @@ class Samples:
         """
         weights = self.trained_per_sample / self.tokens_per_sample.clamp(min=1)
         return (values * weights[self.index] * self.real).sum()
-
-
-class RouterLosses:
-    """Adds up the losses of a step over layers, micro-batches and ranks."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor, trained: Tensor) -> None:
-        """Count a layer's loss, a sum over `trained` tokens."""
-        pair = torch.stack([value.double(), trained.double()])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
-
-    def take(self, names: list[str]) -> dict[str, float]:
-        """Means over layers and trained tokens since the last call; on every rank of the job."""
-        if not names:
-            return {}
-        nothing = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())
-        pairs = torch.stack([self.sums.get(name, nothing) for name in names])
-        self.sums = {}
-        torch.distributed.all_reduce(pairs)
-        return {
-            name: value / max(count, 1.0)
-            for name, (value, count) in zip(names, pairs.tolist(), strict=True)
-        }
-
-
-LOSSES = RouterLosses()
-"""What the routers of this process report."""

@@ -10,7 +10,7 @@ import torch
 from megatron.core import mpu
 from torch import Tensor
 
-from swiftmeg.trainers.routers import step_losses
+from swiftmeg.trainers.losses import step_losses
 
 
 class TokenCounter:

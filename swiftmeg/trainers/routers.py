@@ -1,49 +1,12 @@
-"""Routers in training: what is said of them at the start, and their losses in the log."""
+"""Routers in training: what is said of them at the start."""
 
 from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from swiftmeg import distributed
 from swiftmeg.models.moe import Router
-from swiftmeg.models.router_losses import LOSSES
-
-_ROUTER_LOSSES = {
-    "aux_loss": "load_balancing_loss",
-    "seq_aux_loss": "seq_load_balancing_loss",
-    "global_aux_loss": "global_load_balancing_loss",
-}
-"""Types of balancing -> the names that Megatron logs their losses under."""
-
-
-def router_loss_names(args: Any) -> list[str]:
-    """The losses of routers that a run logs, from Megatron's namespace."""
-    if args.num_experts is None:
-        return []
-    kinds = args.moe_router_load_balancing_type
-    names = [_ROUTER_LOSSES[kind] for kind in kinds if kind in _ROUTER_LOSSES]
-    return names if args.moe_z_loss_coeff is None else [*names, "z_loss"]
-
-
-def step_losses(args: Any) -> dict[str, float]:
-    """The last step's losses of the routers, which Megatron's own log takes from here too.
-
-    Collective; `args` is Megatron's namespace.
-    """
-    losses = LOSSES.take(router_loss_names(args))
-    if mpu.get_pipeline_model_parallel_rank() == 0:
-        tracker = get_moe_metrics_tracker()
-        further = args.mtp_num_layers or 0
-        for name, value in losses.items():
-            # It will divide by the layers with experts and the micro-batches of a step.
-            layers = tracker._count_moe_layers(args.num_layers, args.moe_layer_freq, further)
-            total = torch.tensor(value * layers * get_num_microbatches())
-            total = total.to(torch.cuda.current_device())
-            tracker.record(name, total, 1, args.num_layers + further, needs_dp_avg=False)
-    return losses
 
 
 def settle_routers(models: list[Any], args: Any, sources: dict[str, str]) -> list[Any]:

@@ -11,10 +11,14 @@ _HF_PREDICTION = "model.mtp_layers.{i}."
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:
-    """Qwen2's layers, and one that predicts a second token."""
+    """Qwen2's layers, and one that predicts a second token from what the final norm reads.
+
+    So does vLLM, to which Xiaomi contributed the model.
+    """
     return qwen2.to_args(config) | {
         "add_qkv_bias": config.get("attention_bias", True),
         "mtp_num_layers": config.get("mtp_num_layers") or None,
+        "predictions_before_norm": True,
     }
 
 
