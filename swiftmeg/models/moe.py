@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     apply_router_token_dropping,
     compute_routing_scores_for_aux_loss,
+    router_gating_linear,
     topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -75,6 +76,17 @@ class Router(TopKRouter):
             exact = after if before[name].is_meta else before[name].to(after.device)
             setattr(self, name, exact.float())
         return self
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., experts] of tokens [..., h], in the router's dtype.
+
+        The bias is added behind the product: TransformerEngine's, which Megatron takes where it is
+        installed, gives other sums for a bfloat16 bias and fp32 logits (seen with 2.20.2).
+        """
+        dtypes = {"fp32": torch.float32, "fp64": torch.float64}
+        dtype = dtypes.get(self.config.moe_router_dtype, input.dtype)
+        logits = router_gating_linear(input, self.weight, None, dtype)
+        return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts by `logits` [s, b, experts]; returns scores and choice [s * b, experts].

@@ -80,7 +80,8 @@ def _named(architecture: str, model_type: str, **keys: Any) -> Callable[..., dic
 def _deepseek(config: Any) -> torch.nn.Module:
     """DeepSeek-MoE: Llama's attention around DeepSeek-V2's experts, whose maths is the same."""
     model = transformers.LlamaForCausalLM(config)
-    sizes = {key: value for key, value in config.to_dict().items() if key in _DEEPSEEK}
+    kept = {"hidden_size", *_DEEPSEEK}
+    sizes = {key: value for key, value in config.to_dict().items() if key in kept}
     for layer in model.model.layers[config.first_k_dense_replace :]:
         layer.mlp = DeepseekV2Moe(transformers.DeepseekV2Config(**(SIZES | LATENT | sizes)))
     return model

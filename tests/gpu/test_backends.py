@@ -97,16 +97,18 @@ def test_bf16_training_starts_at_transformers_loss(
     assert lines[-1]["lm loss"] < 0.9 * lines[0]["lm loss"]
 
 
+@pytest.mark.parametrize("in_background", ["false", "true"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_checkpoint_exports_and_resumes(work: Path, backend: str) -> None:
-    train(work, backend, "saved", "--save_interval", 3)
-    saved = work / f"{backend}-saved"
+def test_checkpoint_exports_and_resumes(work: Path, backend: str, in_background: str) -> None:
+    name = f"saved-{in_background}"
+    train(work, backend, name, "--save_interval", 3, "--async_save", in_background)
+    saved = work / f"{backend}-{name}"
     printed = command(
         "swift", "export", "--mcore_model", saved, "--to_hf", "true", "--exist_ok", "true",
         "--output_dir", work / f"{backend}-hf", "--test_convert_precision", "true",
     )  # fmt: skip
     assert "next token agrees" in printed
-    resumed = train(work, backend, "resumed", "--load", saved, "--train_iters", 6)
+    resumed = train(work, backend, f"resumed-{name}", "--load", saved, "--train_iters", 6)
     assert [line["global_step/max_steps"] for line in resumed] == ["6/6"]
 
 
