@@ -1,6 +1,7 @@
 """The arguments of each command."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from swiftmeg.args.architecture import OverrideArguments, ShapeArguments
 from swiftmeg.args.megatron import LoopArguments, MegatronArguments
@@ -69,6 +70,8 @@ class InspectionArguments:
     """Rows that are printed."""
     inspect_output: str = "data_lengths.png"
     """File of the drawing."""
+    rlhf_type: Literal["dpo"] | None = None
+    """dpo: make pairs of a chosen and a rejected answer of rows that have both."""
 
 
 @dataclass

@@ -152,12 +152,11 @@ REASONS = {
 
 def planned_flags(cls: type[Any]) -> dict[str, type[Any]]:
     """The planned fields of `cls`, each with the group that declares it."""
-    return {
-        each.name: group
-        for group in cls.__mro__
-        if PlannedFlags in group.__bases__
-        for each in dataclasses.fields(group)
-    }
+    declared: dict[str, type[Any]] = {}
+    for group in cls.__mro__:  # the first to declare a flag decides
+        for name in vars(group).get("__annotations__", {}):
+            declared.setdefault(name, group)
+    return {name: group for name, group in declared.items() if PlannedFlags in group.__bases__}
 
 
 def default_of(each: dataclasses.Field[Any]) -> Any:

@@ -31,27 +31,44 @@ def main(argv: list[str]) -> None:
 
 def _prepare(args: Any, model: Any, picture: Path) -> None:
     # After the flags have been checked: these take seconds to import.
-    from swiftmeg.data.inspection import draw_lengths, marked_text, report
-    from swiftmeg.trainers.data import prepare_data
+    from swiftmeg.data.inspection import draw_lengths, report
+    from swiftmeg.trainers.data import prepare_data, prepare_pairs
 
     packing, args.packing, args.lazy_tokenize = args.packing, False, False
     args.train_iters, args.max_epochs = 1, None
-    data = prepare_data(args, model)
-    lengths, trained = data.train.lengths(), data.train.trained()
+    if args.rlhf_type is None:
+        data = prepare_data(args, model)
+        train, validation, sides = data.train, data.validation, data.train
+    else:
+        train, validation = prepare_pairs(args, model)
+        sides = train.sides
+    lengths, trained = sides.lengths(), sides.trained()
     if args.inspect:
-        tokenizer = model.tokenizer()
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        for index in range(min(args.inspect_samples, len(data.train))):
-            row = data.train[index]
-            share = trained[index] / lengths[index]
-            print(f"--- row {index + 1}: {lengths[index]} tokens, {share:.1%} trained")
-            print(marked_text(tokenizer, row, colour))
-        print("---")
-    max_length = args.max_length or (int(lengths.max()) if not packing else data.longest)
+        _show(train, min(args.inspect_samples, len(train)), model.tokenizer())
+    max_length = args.max_length or int(lengths.max())
+    if packing and not args.max_length:
+        max_length = int(model.megatron_args["max_position_embeddings"])
+    if args.rlhf_type:
+        print(f"pairs: {len(train):,}, of two rows each")
     for line in report(lengths, trained, max_length):
         print(line)
-    if data.validation is not None:
-        print(f"validation rows: {len(data.validation):,}")
+    if validation is not None:
+        print(f"validation {'pairs' if args.rlhf_type else 'rows'}: {len(validation):,}")
     if args.inspect:
         draw_lengths(lengths, picture)
         print(f"lengths are drawn in {picture}")
+
+
+def _show(rows: Any, count: int, tokenizer: Any) -> None:
+    """Print the first rows, or both sides of the first pairs."""
+    from swiftmeg.data.inspection import marked_text, trained_share
+
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for index in range(count):
+        item = rows[index]
+        sides = {"": item} if "input_ids" in item else item
+        for name, row in sides.items():
+            title = f"row {index + 1}" if not name else f"pair {index + 1}, {name}"
+            print(f"--- {title}: {row['length']} tokens, {trained_share(row):.1%} trained")
+            print(marked_text(tokenizer, row, colour))
+    print("---")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
+from swiftmeg.data.pairs import Pair, PairDataset, PairTemplate
 from swiftmeg.data.parallel import map_chunks
 from swiftmeg.data.rows import Drops, RowTooLong, plain_rows
 from swiftmeg.data.store import cache_root, content_key, get_or_build
@@ -47,6 +48,36 @@ def encode_rows(
     everything in the template that matters; any number of processes may ask for it at the same
     time, and one of them does the work. Raises UserError if no row is left.
     """
+    folder, order = _encoded_folder(rows, template, num_proc, strict, cache_dir)
+    encoded = TokenDataset(folder)
+    return encoded if order is None else TokenDataset(folder, _places(encoded.rows(), order))
+
+
+def encode_pairs(
+    rows: Dataset,
+    template: PairTemplate,
+    *,
+    num_proc: int = 1,
+    strict: bool = False,
+    cache_dir: str | None = None,
+) -> PairDataset:
+    """The same for preference pairs, whose sides are two stored rows with one number."""
+    folder, order = _encoded_folder(rows, template, num_proc, strict, cache_dir)
+    sides = TokenDataset(folder)
+    if order is not None:
+        first = 2 * _places(sides.rows()[::2], order)
+        sides = TokenDataset(folder, np.stack([first, first + 1], axis=1).reshape(-1))
+    return PairDataset(sides)
+
+
+def _encoded_folder(
+    rows: Dataset,
+    template: Template | PairTemplate,
+    num_proc: int,
+    strict: bool,
+    cache_dir: str | None,
+) -> tuple[Path, Array | None]:
+    """Return the folder of the encoded rows, and the order of `rows` among those as stored."""
     rows, order = in_stored_order(rows)
     root = Path(cache_dir) if cache_dir else cache_root() / "encoded"
     key = content_key([_FORMAT, rows_fingerprint(rows, num_proc), template.identity()])
@@ -57,11 +88,11 @@ def encode_rows(
     drops = Drops.from_json(account["drops"])
     if strict and account["bad_rows"]:
         raise UserError(f"--strict true: {account['bad_rows']} rows cannot be used: {drops}")
-    encoded = TokenDataset(folder)
-    logger.info("%s (%s)", _summary(len(rows), len(encoded), drops, account), folder)
-    if len(encoded) == 0:
+    kept = len(rows) - drops.total
+    logger.info("%s (%s)", _summary(len(rows), kept, drops, account), folder)
+    if kept == 0:
         raise UserError(f"no row is left after tokenisation: of {len(rows)} rows, {drops}")
-    return encoded if order is None else TokenDataset(folder, _places(encoded.rows(), order))
+    return folder, order
 
 
 def in_stored_order(rows: Dataset) -> tuple[Dataset, Array | None]:
@@ -126,7 +157,9 @@ def _pass[Result](
     return map_chunks(work, starts, min(num_proc, len(starts)), in_process=mapped <= _LARGE)
 
 
-def _write(rows: Dataset, template: Template, num_proc: int, strict: bool, folder: Path) -> None:
+def _write(
+    rows: Dataset, template: Template | PairTemplate, num_proc: int, strict: bool, folder: Path
+) -> None:
     def work(start: int) -> tuple[EncodedChunk, Drops, int, int]:
         return _encode_chunk(rows, template, start, strict)
 
@@ -143,7 +176,7 @@ def _write(rows: Dataset, template: Template, num_proc: int, strict: bool, folde
 
 
 def _encode_chunk(
-    rows: Dataset, template: Template, start: int, strict: bool
+    rows: Dataset, template: Template | PairTemplate, start: int, strict: bool
 ) -> tuple[EncodedChunk, Drops, int, int]:
     """Encode up to `_CHUNK` rows; return them, the drops, how many of those are bad rows (not
     merely too long) and how many assistant turns are context only."""
@@ -152,9 +185,10 @@ def _encode_chunk(
     indices: list[int] = []
     chunk = plain_rows(rows.with_format("arrow")[start : start + _CHUNK])
     for index, outcome in enumerate(template.encode_many(chunk)):
-        if isinstance(outcome, Encoded):
-            kept.append(outcome)
-            indices.append(start + index)
+        if isinstance(outcome, Encoded | Pair):
+            sides = [outcome] if isinstance(outcome, Encoded) else list(outcome)
+            kept += sides
+            indices += [start + index] * len(sides)
             continue
         origin = chunk[index].get("origin") or f"row {start + index + 1}"
         if isinstance(outcome, UserError):

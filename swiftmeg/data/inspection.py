@@ -28,6 +28,11 @@ def marked_text(tokenizer: Any, row: dict[str, Sequence[int]], colour: bool) -> 
     return "".join(pieces)
 
 
+def trained_share(row: dict[str, Sequence[int]]) -> float:
+    """The share of a row's tokens that is trained."""
+    return float(np.mean(np.asarray(row["labels"]) != IGNORE))
+
+
 def report(
     lengths: np.ndarray[Any, Any], trained: np.ndarray[Any, Any], max_length: int
 ) -> Iterator[str]:

@@ -122,13 +122,18 @@ class Template:
             raise outcome
         return {"input_ids": outcome.input_ids.tolist(), "labels": outcome.labels.tolist()}
 
-    def encode_many(self, rows: Sequence[Row]) -> list[Encoded | RowError | UserError]:
-        """Return for each row what `encode` returns, as arrays, or raises."""
+    def encode_many(
+        self, rows: Sequence[Row], last_turns: int | None = None
+    ) -> list[Encoded | RowError | UserError]:
+        """Return for each row what `encode` returns, as arrays, or raises.
+
+        With `last_turns` at most so many assistant turns are trained, the last ones.
+        """
         outcomes: list[Any] = [None] * len(rows)
         places, texts, spans = [], [], []
         for place, row in enumerate(rows):
             try:
-                text, trained = self._trained_text(row)
+                text, trained = self._trained_text(row, last_turns)
             except (RowError, UserError) as error:
                 outcomes[place] = error
             else:
@@ -142,7 +147,7 @@ class Template:
                 outcomes[place] = error
         return outcomes
 
-    def _trained_text(self, row: Row) -> tuple[str, list[tuple[int, int]]]:
+    def _trained_text(self, row: Row, last_turns: int | None) -> tuple[str, list[tuple[int, int]]]:
         """Return a row's text and which of its characters are trained."""
         messages = to_chat(row["messages"])
         check_answered(messages)
@@ -155,6 +160,7 @@ class Template:
         self._refuse_far_too_long(text)
         if self.loss_scale == "all":
             return text, [(0, len(text))]
+        turns = turns if last_turns is None else turns[-last_turns:]
         spans = [(turn.start, turn.end) for turn in turns if turn.trained]
         self.context_only_turns += len(turns) - len(spans)
         if "ignore_empty_think" in self.loss_scale:
@@ -173,7 +179,11 @@ class Template:
         labels = np.full_like(ids, IGNORE)
         for start, end in spans:
             labels[start:end] = ids[start:end]
-        ids, labels = self._fit(ids, labels)
+        return self.fit_to(Encoded(ids, labels), len(ids))
+
+    def fit_to(self, row: Encoded, longest: int) -> Encoded:
+        """Cut a row as if it had `longest` tokens, or raise RowTooLong; see `encode`."""
+        ids, labels = self._fit(row, longest)
         labels[:1] = IGNORE
         if (labels == IGNORE).all():
             raise RowError("no token to train")
@@ -275,14 +285,15 @@ class Template:
     def _too_long(self, tokens: str) -> RowTooLong:
         return RowTooLong(f"longer than --max_length {self.max_length}", f"{tokens} tokens")
 
-    def _fit(self, ids: Array, labels: Array) -> tuple[Array, Array]:
+    def _fit(self, row: Encoded, longest: int) -> tuple[Array, Array]:
         limit = self.max_length
-        if limit is None or len(ids) <= limit:
-            return ids, labels
+        if limit is None or longest <= limit:
+            return row
         if self.truncation_strategy == "delete":
-            raise self._too_long(str(len(ids)))
-        part = slice(-limit, None) if self.truncation_strategy == "left" else slice(limit)
-        return ids[part], labels[part]
+            raise self._too_long(str(longest))
+        left = self.truncation_strategy == "left"
+        part = slice(longest - limit, None) if left else slice(limit)
+        return row.input_ids[part], row.labels[part]
 
 
 def _plain(messages: list[Message]) -> list[Message]:

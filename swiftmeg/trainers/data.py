@@ -8,10 +8,11 @@ from typing import Any
 
 from swiftmeg.args.combinations import FP8_MULTIPLE
 from swiftmeg.data.collate import Collator
-from swiftmeg.data.encode import encode_rows
+from swiftmeg.data.encode import encode_pairs, encode_rows
 from swiftmeg.data.lazy import LazyDataset
 from swiftmeg.data.loader import BatchLoader, EvalLoader, eval_iters, train_iters
 from swiftmeg.data.packing import PackedDataset
+from swiftmeg.data.pairs import PairDataset, PairTemplate
 from swiftmeg.data.sources import load_rows
 from swiftmeg.data.stream import RowStream
 from swiftmeg.data.template import Template
@@ -84,15 +85,30 @@ class TrainingData:
 
 def make_template(args: Any, tokenizer: Any, max_length: int) -> Template:
     """The chat template that the template flags describe."""
-    return Template(
-        tokenizer,
-        name=args.template,
-        system=args.system,
-        max_length=max_length,
-        truncation_strategy=args.truncation_strategy,
-        loss_scale=args.loss_scale or "default",
-        use_chat_template=args.use_chat_template is not False,
+    return Template(tokenizer, **_template_options(args, max_length))
+
+
+def _template_options(args: Any, max_length: int) -> dict[str, Any]:
+    return {
+        "name": args.template,
+        "system": args.system,
+        "max_length": max_length,
+        "truncation_strategy": args.truncation_strategy,
+        "loss_scale": args.loss_scale or "default",
+        "use_chat_template": args.use_chat_template is not False,
+    }
+
+
+def prepare_pairs(args: Any, model: HFModel) -> tuple[PairDataset, PairDataset | None]:
+    """Read and tokenise the preference pairs of --dataset and --val_dataset."""
+    max_length = args.max_length or int(model.megatron_args["max_position_embeddings"])
+    template = PairTemplate(model.tokenizer(), **_template_options(args, max_length))
+    options = {"num_proc": args.dataset_num_proc, "strict": args.strict}
+    train, validation = (
+        None if rows is None else encode_pairs(rows, template, **options) for rows in _rows(args)
     )
+    assert train is not None
+    return train, validation
 
 
 def length_multiple(args: Any) -> int:

@@ -50,6 +50,26 @@ def test_inspection_shows_what_is_trained(
     assert lines["trained"].startswith(f"{trained:,} tokens, {trained / tokens:.1%}")
 
 
+def test_pairs_are_shown_with_both_sides(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        {"query": f"q {k}", "response": "yes", "rejected_response": "no" if k % 4 else "yes"}
+        for k in range(12)
+    ]
+    (work / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = "data --model model --dataset pairs.jsonl --rlhf_type dpo --inspect --inspect_samples 1"
+    assert run("megatron", flags.split()) == 0
+    out, log = capsys.readouterr()
+    assert "12 rows: 9 kept, 3 dropped: 3 x the rejected answer equals the chosen one" in log
+    assert out.index("--- pair 1, chosen: ") < out.index("⟦yes<|im_end|>⟧")
+    assert out.index("--- pair 1, rejected: ") < out.index("⟦no<|im_end|>⟧")
+    assert "pairs: 9, of two rows each\nrows: 18; tokens: " in out
+    # Training takes the chosen answers of such rows.
+    assert run("megatron", flags.replace(" --rlhf_type dpo", "").split()) == 0
+    out = capsys.readouterr().out
+    assert "rows: 12; tokens" in out
+    assert "no<|im_end|>" not in out
+
+
 def test_without_inspection_rows_are_prepared(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
