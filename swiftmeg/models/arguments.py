@@ -164,7 +164,17 @@ def _group_args(config: HFConfig, topk: int) -> dict[str, Any]:
 def expert_args(
     config: HFConfig, count: int, layers: list[int], shared: int | None = None
 ) -> dict[str, Any]:
-    """`count` routed experts in the layers that are 1 in `layers`; shared ones of size `shared`."""
+    """`count` routed experts in the layers that are 1 in `layers`; shared ones of size `shared`.
+
+    Without such layers, what a router's arguments say must not be said.
+    """
+    if not any(layers):
+        return {
+            "num_experts": None,
+            "moe_router_enable_expert_bias": False,
+            "moe_router_num_groups": None,
+            "moe_router_group_topk": None,
+        }
     return {
         "num_experts": count,
         "moe_layer_freq": layers,

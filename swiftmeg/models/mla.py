@@ -118,7 +118,12 @@ class LatentAttention(MLASelfAttention):
         return self._linear(kind, inputs, outputs, gather_output=False, tp_group=self.tp_group)
 
     def _norm(self, kind: Any, size: int) -> torch.nn.Module:
-        return kind(config=self.config, hidden_size=size, eps=NORM_EPSILON)
+        norm: torch.nn.Module = kind(config=self.config, hidden_size=size, eps=NORM_EPSILON)
+        if not self.config.sequence_parallel:
+            # Every rank norms whole queries and keys, and has the whole gradient; Megatron sums
+            # those of what is called q_layernorm over ranks unless it is to take their mean.
+            norm.weight.average_gradients_across_tp_domain = True  # type: ignore[union-attr]
+        return norm
 
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Compressed queries, and compressed keys and values with the keys' positional part."""

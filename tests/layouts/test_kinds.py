@@ -37,6 +37,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2} | EXPERTS,
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 11},
+    "deepseek_v3": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 18,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 10,
+        "num_mtp_layers": 0,
+    },
     "gpt_oss": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -47,8 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Norms before and after; across heads, fewer key heads than ranks; with windows and a RoPE for
-each type of layer; across heads with experts; windows; sinks, windows in every other layer,
-experts with biases and a clamped gate."""
+each type of layer; across heads with experts; windows; latent attention without experts; sinks,
+windows in every other layer, experts with biases and a clamped gate."""
 
 TENSOR = {"tensor_model_parallel_size": 2}
 SEQUENCE = TENSOR | {"sequence_parallel": "true"}
@@ -63,6 +74,7 @@ LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("olmo3", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
     ("olmoe", "tp2-sp"): (2, SEQUENCE | {"expert_tensor_parallel_size": 1}),
     ("mistral", "cp2"): (2, CONTEXT),
+    ("deepseek_v3", "tp2"): (2, TENSOR | {"sequence_parallel": "false"}),
     ("gpt_oss", "packed"): (1, {}),
     ("gpt_oss", "padded-ep2"): (2, PADDED | EXPERT | {"micro_batch_size": 2}),
     ("gpt_oss", "etp2-cp2"): (4, SEQUENCE | CONTEXT),
