@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from swiftmeg.errors import UserError
+from swiftmeg.export.parts import Block
 from swiftmeg.models.family import HFConfig
 
 SCALE = "_scale_inv"
@@ -32,14 +33,30 @@ def block_size(config: HFConfig) -> tuple[int, int] | None:
     return int(block[0]), int(block[1])
 
 
-def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """`weight` [rows, columns] times its blocks' scales, in fp32; ValueError if they do not fit."""
-    rows, columns = weight.shape
-    wanted = (-(-rows // block[0]), -(-columns // block[1]))
+def check_scales(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """ValueError unless there is one scale for each block of `weight` [rows, columns]."""
+    wanted = tuple(-(-size // length) for size, length in zip(weight.shape, block, strict=True))
     if tuple(scale.shape) != wanted:
         raise ValueError(f"scales {tuple(scale.shape)} for blocks {wanted}")
+
+
+def surrounding(part: Block, shape: torch.Size, block: tuple[int, int]) -> tuple[Block, Block]:
+    """Which rows and columns hold all of `part` in whole blocks, and the scales of these blocks."""
+    axes = list(zip(part, shape, block, strict=True))
+    scales = tuple(slice(p.start // length, -(-p.stop // length)) for p, _, length in axes)
+    around = (
+        slice(s.start * length, min(s.stop * length, size))
+        for s, (_, size, length) in zip(scales, axes, strict=True)
+    )
+    return tuple(around), scales
+
+
+def dequantise(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """`weight` [rows, columns] times its blocks' scales, in fp32; ValueError if they do not fit."""
+    check_scales(weight, scale, block)
+    columns = weight.shape[1]
     result = weight.to(torch.float32)
-    for row in range(wanted[0]):
+    for row in range(scale.shape[0]):
         band = result[row * block[0] : (row + 1) * block[0]]
         band *= scale[row].float().repeat_interleave(block[1])[:columns]
     return result

@@ -7,6 +7,7 @@ import torch
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.ondemand import fill_all
+from swiftmeg.export.parts import StoredPart
 from swiftmeg.export.shards import LiveWeight
 from swiftmeg.export.weights import HFWeights, check_names, listed
 from swiftmeg.models.family import Family, HFConfig, Row
@@ -32,20 +33,34 @@ class HFSupply:
 
     def fill(self, live: LiveWeight) -> None:
         """Copy one parameter's part of its HF tensors."""
+        live.tensor.copy_(self._shard(live, *live.place))
+
+    def shards(self, live: LiveWeight) -> list[torch.Tensor]:
+        """All shards of one parameter, in its dtype."""
+        size = live.pieces
+        return [self._shard(live, rank, size).to(live.tensor.dtype) for rank in range(size)]
+
+    def _shard(self, live: LiveWeight, rank: int, size: int) -> torch.Tensor:
         tied_head = live.name == OUTPUT and live.name not in self._plan
         row = self._plan.get(EMBEDDING if tied_head else live.name)
         if row is None:
             raise UserError(f"{self._family.architecture} has no weights for parameter {live.name}")
         parts = self._weights.parts(row)
+        place = self._dims, live.axis, rank, size
         try:
-            shard = row.layout.join_shard(parts, self._dims, live.axis, *live.place)
-        except (UserError, RuntimeError) as error:
+            blocks = row.layout.cut(parts, *place)
+        except UserError as error:
+            raise UserError(_misfit(self._weights.folder, row, parts, str(error))) from None
+        values = [block.read() for block in blocks]
+        try:
+            shard = row.layout.join_shard(values, *place)
+        except RuntimeError as error:
             raise UserError(_misfit(self._weights.folder, row, parts, str(error))) from None
         if shard.shape != live.tensor.shape:
             expected = f"it makes a parameter of {tuple(live.tensor.shape)}"
             raise UserError(_misfit(self._weights.folder, row, parts, expected))
-        live.tensor.copy_(shard)
         self._filled.add(row.mcore)
+        return shard
 
     def finish(self) -> None:
         """UserError unless all ranks together have taken every row; collective."""
@@ -75,7 +90,7 @@ def load_hf(
     fill_all(models, HFSupply(weights or HFWeights(folder, config), family, config, dims))
 
 
-def _misfit(folder: Path, row: Row, parts: list[torch.Tensor], reason: str) -> str:
+def _misfit(folder: Path, row: Row, parts: list[StoredPart], reason: str) -> str:
     shapes = ", ".join(
         f"{name} {tuple(part.shape)}" for name, part in zip(row.hf, parts, strict=True)
     )

@@ -6,9 +6,6 @@ from typing import Any
 
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelSaveStrategyWrapper,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.initialize import initialize_megatron
@@ -19,7 +16,7 @@ from swiftmeg.checkpoint import folder_name, read_iteration
 from swiftmeg.errors import UserError
 from swiftmeg.export.ondemand import Weights, Whole, fill_all
 from swiftmeg.export.stored import CheckpointSupply
-from swiftmeg.export.streaming import StreamingSave
+from swiftmeg.export.streaming import SharedOut, StreamingSave
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel
 
@@ -157,6 +154,6 @@ def save_mcore(models: list[Any], folder: str | Path, weights: Weights | None = 
 
     get_args().save = str(folder)
     ranks = mpu.get_data_parallel_group(with_context_parallel=True)
-    strategy = FullyParallelSaveStrategyWrapper(StreamingSave(weights or Whole()), ranks)
+    strategy = SharedOut(StreamingSave(weights or Whole()), ranks)
     context = {"save_strategy": strategy}
     checkpointing.save_checkpoint(1, models, None, None, 0, checkpointing_context=context)

@@ -19,10 +19,14 @@ def is_mxfp4(config: HFConfig) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == "mxfp4"
 
 
-def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
-    """The matrix [rows, columns] in bf16, which holds it exactly; ValueError for other shapes."""
-    if blocks.shape != (*scales.shape, 16):
+def check_scales(blocks: Tensor, scales: Tensor) -> None:
+    """ValueError unless there is one scale for each block of a matrix of each expert."""
+    if scales.dim() != 3 or blocks.shape != (*scales.shape, 16):
         raise ValueError(f"blocks {tuple(blocks.shape)} with scales {tuple(scales.shape)}")
+
+
+def dequantise(blocks: Tensor, scales: Tensor) -> Tensor:
+    """The matrix [rows, columns] of one expert in bf16, which holds it exactly."""
     pairs = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2)
     numbers = torch.ldexp(_VALUES[pairs.int()], scales[..., None].int() - 127)
     return numbers.flatten(-2).to(torch.bfloat16)

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from swiftmeg.export.shards import LiveWeight, live_weights
+from swiftmeg.export.owners import Share
+from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
 
 
 class Supply(Protocol):
@@ -19,6 +20,9 @@ class Supply(Protocol):
 
     def fill(self, live: LiveWeight) -> None:
         """Write the values of one of this rank's weights into it."""
+
+    def shards(self, live: LiveWeight) -> list[torch.Tensor]:
+        """All shards of one of this rank's weights, on the CPU, in the order of its group."""
 
     def finish(self) -> None:
         """UserError if anything of the source has not been used; collective, after the last."""
@@ -58,6 +62,12 @@ class OnDemand:
             self._supply.fill(live)
         return tensor
 
+    @torch.no_grad()
+    def shards(self, live: LiveWeight, share: Share) -> list[torch.Tensor]:
+        """A weight's shards on the rank that writes it, and none elsewhere: it reads all itself."""
+        self.release()
+        return self._supply.shards(live) if share.writes else []
+
     def release(self) -> None:
         """Take the memory of the weight in use back."""
         if self._current is not None:
@@ -83,6 +93,13 @@ class Whole:
     def values(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` as it is."""
         return tensor
+
+    def shards(self, live: LiveWeight, share: Share) -> list[torch.Tensor]:
+        """A weight's shards on the CPU of the rank that writes it, and none elsewhere.
+
+        Collective for the ranks whose share gathers.
+        """
+        return gather_shards(live, share.place) if share.gathers else []
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:

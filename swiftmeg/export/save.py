@@ -15,7 +15,7 @@ from swiftmeg.export.load import OUTPUT
 from swiftmeg.export.ondemand import Weights, Whole
 from swiftmeg.export.owners import Share, shares
 from swiftmeg.export.place import take_place
-from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
+from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files, write_slices
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.hf import UNFINISHED
@@ -174,12 +174,9 @@ def _hf_tensors(
     dims: Dims,
     dtype: torch.dtype,
 ) -> Iterator[tuple[Row, str, torch.Tensor]]:
-    """The full HF tensors that this rank writes; it takes part in gathering those of its peers."""
+    """The full HF tensors that this rank writes; it may take part in gathering its peers'."""
     for live, share in weights:
-        if not share.gathers:
-            continue
-        values.values(live.tensor)
-        shards = gather_shards(live, share.place)
+        shards = values.shards(live, share)
         if not share.writes:
             continue
         row = plan[live.name]

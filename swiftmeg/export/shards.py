@@ -49,6 +49,11 @@ class LiveWeight:
         """This rank's number in `group`, and the group's size."""
         return self.group.rank(), self.group.size()
 
+    @property
+    def pieces(self) -> int:
+        """How many shards make the whole."""
+        return self.place[1] if self.axis is not None else 1
+
 
 def live_weights(models: list[Any]) -> Iterator[LiveWeight]:
     """Every weight of this rank's model chunks, in the order of the layers; no adapters."""

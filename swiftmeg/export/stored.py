@@ -1,6 +1,7 @@
 """The weights of a Megatron checkpoint, read one at a time into live models of any layout."""
 
 import dataclasses
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from swiftmeg.checkpoint import read_entry, read_iteration
@@ -27,6 +31,9 @@ from swiftmeg.export.weights import listed
 _NOT_WEIGHTS = "optimizer."
 """How the names of what a run keeps beside its weights begin."""
 
+_Wanted = tuple[ChunkStorageMetadata, torch.Tensor]
+"""A block of a stored tensor, and where its values go."""
+
 
 class CheckpointSupply:
     """The weights of one iteration, cut as they are needed, whatever layout wrote them.
@@ -36,6 +43,8 @@ class CheckpointSupply:
     """
 
     def __init__(self, models: list[Any], folder: Path) -> None:
+        self.bytes_read = 0
+        """Bytes of the stored pieces that were read."""
         self._folder = folder / read_iteration(folder)
         self._index = FileSystemReader(self._folder).read_metadata()
         content = dist_checkpointing.load_content_metadata(
@@ -54,8 +63,13 @@ class CheckpointSupply:
 
     def fill(self, live: LiveWeight) -> None:
         """Read one weight; UserError, naming entry or file, if it is not there or damaged."""
-        for entry in self._entries[storage_of(live.tensor)]:
-            self._read(entry)
+        self._read(live, {live.place[0]: live.tensor})
+
+    def shards(self, live: LiveWeight) -> list[torch.Tensor]:
+        """Read all shards of one weight; what they share in the checkpoint is read once."""
+        found = {rank: torch.empty_like(live.tensor, device="cpu") for rank in range(live.pieces)}
+        self._read(live, found)
+        return list(found.values())
 
     def finish(self) -> None:
         """UserError if the checkpoint holds weights that no rank took; collective."""
@@ -72,7 +86,18 @@ class CheckpointSupply:
                 "name the model that the checkpoint comes from"
             )
 
-    def _read(self, entry: ShardedTensor) -> None:
+    def _read(self, live: LiveWeight, shards: dict[int, torch.Tensor]) -> None:
+        """Read shards of a weight, by their numbers in its group."""
+        wanted: dict[str, list[_Wanted]] = defaultdict(list)
+        for entry in self._entries[storage_of(live.tensor)]:
+            for rank, shard in shards.items():
+                wanted[entry.key].append(_wanted(entry, live, rank, shard))
+        for entry in self._entries[storage_of(live.tensor)]:
+            if entry.key in wanted:
+                self._read_entry(entry, wanted.pop(entry.key))
+
+    def _read_entry(self, entry: ShardedTensor, wanted: list[_Wanted]) -> None:
+        """Read blocks of the tensor that `entry` is a part of, each stored piece of it once."""
         stored = self._index.state_dict_metadata.get(entry.key)
         if not isinstance(stored, TensorStorageMetadata):
             raise UserError(f"{self._folder} holds no weight {entry.key}, which the model has")
@@ -82,27 +107,24 @@ class CheckpointSupply:
                 f"{tuple(entry.global_shape)}"
             )
         self._used.add(entry.key)
-        data = entry.data.detach().view((1,) * entry.prepend_axis_num + tuple(entry.local_shape))
         if entry.allow_shape_mismatch:
-            data.zero_()  # the vocabulary's padding, of which there may be more than was stored
-        filled = 0
-        for item in self._items(entry, stored, data.shape):
-            piece = _part(self._archive(item), item.storage_offsets, item.lengths)
-            _part(data, item.dest_offsets, item.lengths).copy_(piece)
-            filled += piece.numel()
-        if filled != data.numel() and not entry.allow_shape_mismatch:
-            raise UserError(f"{self._folder}: parts of {entry.key} are missing")
-
-    def _items(
-        self, entry: ShardedTensor, stored: TensorStorageMetadata, shape: torch.Size
-    ) -> list[ReadItem]:
-        """What to read of which stored pieces for an entry's part of its tensor."""
+            for _, data in wanted:  # the vocabulary's padding; there may be more than was stored
+                data.zero_()
         axes = entry.prepend_axis_num
-        near = self._pieces(entry.key, stored, axes)[tuple(entry.global_offset)[:axes]]
-        wanted = ChunkStorageMetadata(torch.Size(entry.global_offset), shape)
-        return create_read_items_for_chunk_list(
-            entry.key, dataclasses.replace(stored, chunks=near), [wanted]
-        )
+        places = self._pieces(entry.key, stored, axes)
+        near = dataclasses.replace(stored, chunks=places[wanted[0][0].offsets[:axes]])
+        items = create_read_items_for_chunk_list(entry.key, near, [place for place, _ in wanted])
+        items.sort(key=lambda item: item.storage_index.offset or ())
+        filled = 0
+        for index, same in itertools.groupby(items, lambda item: item.storage_index):
+            archive = self._archive(index)
+            for item in same:
+                piece = _part(archive, item.storage_offsets, item.lengths)
+                data = wanted[item.dest_index.index or 0][1]
+                _part(data, item.dest_offsets, item.lengths).copy_(piece)
+                filled += piece.numel()
+        if filled != sum(data.numel() for _, data in wanted) and not entry.allow_shape_mismatch:
+            raise UserError(f"{self._folder}: parts of {entry.key} are missing")
 
     def _pieces(
         self, key: str, stored: TensorStorageMetadata, axes: int
@@ -118,11 +140,25 @@ class CheckpointSupply:
                 found[tuple(piece.offsets)[:axes]].append(piece)
         return self._by_place[key]
 
-    def _archive(self, item: ReadItem) -> torch.Tensor:
-        place = self._index.storage_data[item.storage_index]
+    def _archive(self, index: MetadataIndex) -> torch.Tensor:
+        place = self._index.storage_data[index]
         content = read_entry(self._folder, place)
+        self.bytes_read += place.length
         tensor: torch.Tensor = torch.load(content, map_location="cpu", weights_only=True)
         return tensor
+
+
+def _wanted(entry: ShardedTensor, live: LiveWeight, rank: int, shard: torch.Tensor) -> _Wanted:
+    """Where `entry`, which describes this rank's shard, would be in another's; and its memory."""
+    offsets = list(entry.global_offset)
+    if live.axis is not None:
+        steps = rank - live.place[0]
+        offsets[entry.prepend_axis_num + live.axis] += steps * entry.local_shape[live.axis]
+    view = entry.data.detach()
+    start = view.storage_offset() - live.tensor.storage_offset() + shard.storage_offset()
+    data = shard.detach().as_strided(view.shape, view.stride(), start)
+    shape = torch.Size((1,) * entry.prepend_axis_num + tuple(entry.local_shape))
+    return ChunkStorageMetadata(torch.Size(offsets), shape), data.view(shape)
 
 
 def _part(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:

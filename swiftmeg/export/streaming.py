@@ -4,11 +4,21 @@ Megatron's own way keeps a copy of much that it writes, which lets training go o
 conversion has nothing to go on with.
 """
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import (
+    determine_main_replica_uniform_distribution,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+    distribute_main_replicas_with_precomputed_distribution,
+)
+from megatron.core.dist_checkpointing.utils import _sharded_tensor_shard_id
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
@@ -18,7 +28,7 @@ from torch.futures import Future
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.archive import write_tensor
-from swiftmeg.export.ondemand import Weights
+from swiftmeg.export.ondemand import Weights, storage_of
 
 
 class StreamingSave(torch_dist.TorchDistSaveShardedStrategy):
@@ -46,6 +56,30 @@ class StreamingSave(torch_dist.TorchDistSaveShardedStrategy):
                 if isinstance(cause, UserError):
                     raise cause from None
             raise
+
+
+class SharedOut(FullyParallelSaveStrategyWrapper):
+    """Megatron's way of sharing replicas out over ranks, but all parts of a weight to one rank.
+
+    Gate and up projections are two tensors of a checkpoint and one weight.
+    """
+
+    def apply_saving_parallelization(self, sharded_state_dict: dict[str, Any]) -> None:
+        shares = determine_main_replica_uniform_distribution(
+            sharded_state_dict, self.parallelization_group
+        )
+        if shares is not None:
+            weights: dict[int, list[Any]] = defaultdict(list)
+            for entry in nested_values(sharded_state_dict):
+                if isinstance(entry, ShardedTensor):
+                    weights[storage_of(entry.data)].append(_sharded_tensor_shard_id(entry))
+            ranks = shares.main_rank_for_shard
+            for parts in weights.values():
+                if (first := min(parts)) in ranks:  # not so where other groups write all of it
+                    ranks.update(dict.fromkeys(parts, ranks[first]))
+        distribute_main_replicas_with_precomputed_distribution(
+            sharded_state_dict, self.parallelization_group, shares
+        )
 
 
 class _Planner(torch_dist.MCoreSavePlanner):

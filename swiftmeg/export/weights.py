@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from swiftmeg.errors import UserError
-from swiftmeg.export.fp8 import FP8, SCALE, block_size, dequantise
+from swiftmeg.export.fp8 import FP8, SCALE, block_size, check_scales, dequantise, surrounding
 from swiftmeg.export.mxfp4 import BLOCKS, SCALES, is_mxfp4
+from swiftmeg.export.mxfp4 import check_scales as check_mxfp4_scales
 from swiftmeg.export.mxfp4 import dequantise as dequantise_mxfp4
+from swiftmeg.export.parts import Block, StoredPart, whole, within
 from swiftmeg.export.writer import INDEX
 from swiftmeg.models.family import Family, HFConfig, Row
 
@@ -42,6 +45,8 @@ class HFWeights:
         self.block = None if mxfp4 else block_size(config or {})
         self._open: dict[str, Any] = {}
         self._mapped = 0
+        self.bytes_read = 0
+        """Bytes of the blocks that were taken."""
         self._places: dict[str, tuple[str, str]] = {}
         """Name -> file and the name in it."""
         files = self._files()
@@ -93,63 +98,79 @@ class HFWeights:
         is_scale = self.block is not None and name.endswith(SCALE)
         return is_scale and name.removesuffix(SCALE) in self._places
 
-    def read(self, name: str) -> torch.Tensor:
-        """One whole tensor, on the CPU, in the dtype of the file; fp8 as fp32 with its scales."""
-        tensor = self._stored(name)
+    def read(self, name: str, block: Block | None = None) -> torch.Tensor:
+        """A tensor, or a block of it, on the CPU in the dtype of the file; fp8 as fp32, scaled."""
+        tensor = self._view(name)
+        block = block or whole(tensor.shape)
         if tensor.dtype not in FP8:
-            return tensor
+            return self._take(tensor, block)
         path = self.folder / self._places[name][0]
         if self.block is None or name + SCALE not in self._places:
             missing = "quantization_config in config.json" if self.block is None else name + SCALE
             raise UserError(f"{path}: tensor {name} is fp8, but {missing} is missing")
+        scales = self._view(name + SCALE)
         try:
-            return dequantise(tensor, self._stored(name + SCALE), self.block)
+            check_scales(tensor, scales, self.block)
         except ValueError as error:
             raise UserError(f"{path}: tensor {name} cannot be dequantised ({error})") from None
+        around, of_scales = surrounding(block, tensor.shape, self.block)
+        parts = self._take(tensor, around), self._take(scales, of_scales)
+        return dequantise(*parts, self.block)[within(block, around)]
 
-    def _stored(self, name: str) -> torch.Tensor:
+    def _view(self, name: str) -> torch.Tensor:
+        """A tensor of a file, of which nothing is read yet."""
         file, stored = self._places[name]
         try:
             tensor: torch.Tensor = self._handle(file).get_tensor(stored)
-            self._mapped += tensor.nbytes
-            if self._mapped > MAPPED_BYTES:  # what has been read stays in memory until it is closed
-                self._open.clear()
-                self._mapped = 0
             return tensor
         except SafetensorError as error:
             path = self.folder / file
             raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
 
-    def parts(self, row: Row) -> list[torch.Tensor]:
+    def _take(self, tensor: torch.Tensor, block: Block) -> torch.Tensor:
+        """A block of a file's tensor, which will be read."""
+        taken = tensor[block]
+        self.bytes_read += taken.nbytes
+        self._mapped += taken.nbytes
+        if self._mapped > MAPPED_BYTES:  # what has been read stays in memory until it is closed
+            self._open.clear()
+            self._mapped = 0
+        return taken
+
+    def parts(self, row: Row) -> list[StoredPart]:
         """The HF tensors of a row, or its slice of the one tensor that all experts are in."""
         if row.stack is None or (row.hf[0] in self._places and not row.is_slice):
-            return [self.read(name) for name in row.hf]
-        return list(self._expert(row.stack, row.expert).chunk(len(row.hf)))
+            return [StoredPart(partial(self.read, name), self._shape(name)) for name in row.hf]
+        return self._expert(row.stack, row.expert).chunk(len(row.hf))
 
     def experts(self, stack: str) -> int:
         """How many experts' weights a tensor holds."""
-        file, stored = self._places[stack + SCALES if stack in self.packed else stack]
-        return int(self._handle(file).get_slice(stored).get_shape()[0])
+        return int(self._shape(stack + SCALES if stack in self.packed else stack)[0])
 
-    def _expert(self, stack: str, number: int) -> torch.Tensor:
+    def _shape(self, name: str) -> torch.Size:
+        return self._view(name).shape
+
+    def _expert(self, stack: str, number: int) -> StoredPart:
         """One expert's slice; those stored as MXFP4 are [out, in], but [in, out] elsewhere."""
+        this = slice(number, number + 1)
         if stack not in self.packed:
-            return self._slice(stack, number)
-        blocks, scales = (self._slice(stack + part, number) for part in (BLOCKS, SCALES))
+            return StoredPart(
+                lambda block: self.read(stack, (this, *block))[0], self._shape(stack)[1:]
+            )
+        blocks, scales = self._view(stack + BLOCKS), self._view(stack + SCALES)
         try:
-            return dequantise_mxfp4(blocks, scales).t()
+            check_mxfp4_scales(blocks, scales)
         except ValueError as error:
             path = self.folder / self._places[stack + BLOCKS][0]
             raise UserError(f"{path}: tensor {stack} cannot be dequantised ({error})") from None
 
-    def _slice(self, name: str, number: int) -> torch.Tensor:
-        file, stored = self._places[name]
-        try:
-            tensor: torch.Tensor = self._handle(file).get_slice(stored)[number : number + 1][0]
-            return tensor
-        except SafetensorError as error:
-            path = self.folder / file
-            raise UserError(f"{path}: tensor {name} cannot be read ({error})") from None
+        def read(block: Block) -> torch.Tensor:
+            parts = (
+                self._take(each, (this, *whole(each.shape[1:])))[0] for each in (blocks, scales)
+            )
+            return dequantise_mxfp4(*parts).t()[block]
+
+        return StoredPart(read, (scales.shape[2] * 32, scales.shape[1]))
 
 
 def listed(names: set[str]) -> str:

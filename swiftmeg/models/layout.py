@@ -2,13 +2,15 @@
 
 Each layout answers, about FULL (unsharded) weights, on any device and without process groups: how
 HF tensors join into Megatron's parameter, how that parameter splits back, how it is cut into, and
-put together from, tensor-parallel shards, and how one shard comes from HF tensors directly. `axis`
-is the tensor axis that tensor parallelism cuts (`partition_dim` of the live parameter), None for a
-replicated parameter.
+put together from, tensor-parallel shards, and which blocks of HF tensors make one shard directly.
+`axis` is the tensor axis that tensor parallelism cuts (`partition_dim` of the live parameter), None
+for a replicated parameter.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -28,8 +30,18 @@ class Dims:
     padded_vocab_size: int
 
 
+class Part(Protocol):
+    """A tensor, or what becomes one when it is read, of which blocks can be taken."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def narrow(self, dim: int, start: int, length: int, /) -> Self:
+        """The block from `start` on, as torch.Tensor.narrow()."""
+
+
 class Layout:
-    """One HF tensor, stored as it is."""
+    """One HF tensor, stored as it is; shards of other layouts are made of whole tensors."""
 
     def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
         """Make the full Megatron parameter from HF tensors, in the order of the row's names."""
@@ -46,10 +58,16 @@ class Layout:
             return whole
         return whole.chunk(size, dim=axis)[rank]
 
+    def cut[P: Part](
+        self, parts: Sequence[P], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> list[P]:
+        """The blocks of HF tensors that rank `rank`'s shard is made of; UserError if none are."""
+        return list(parts)
+
     def join_shard(
         self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
     ) -> Tensor:
-        """`shard` of `join`; layouts that can touch only what rank `rank` needs."""
+        """Make rank `rank`'s shard of what `cut` gave."""
         return self.shard(self.join(parts, dims), axis, rank, size)
 
     def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
@@ -59,7 +77,34 @@ class Layout:
         return torch.cat(list(shards), dim=axis)
 
 
-class Stacked(Layout):
+class EvenlyCut(Layout):
+    """One HF tensor; every shard is made of even blocks along one of its axes."""
+
+    def hf_axis(self, axis: int, dimensions: int) -> int:
+        """The axis of HF tensors that is cut where Megatron cuts `axis`."""
+        return axis
+
+    def cut[P: Part](
+        self, parts: Sequence[P], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> list[P]:
+        if axis is None or size == 1:
+            return list(parts)
+        return [_block(part, self.hf_axis(axis, len(part.shape)), rank, size) for part in parts]
+
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        return self.join(parts, dims)
+
+
+def _block[P: Part](part: P, axis: int, rank: int, size: int) -> P:
+    if axis >= len(part.shape) or part.shape[axis] % size:
+        raise UserError(f"axis {axis} of {tuple(part.shape)} cannot be cut in {size}")
+    length = part.shape[axis] // size
+    return part.narrow(axis, rank * length, length)
+
+
+class Stacked(EvenlyCut):
     """Several equally shaped HF tensors one after the other: `[gate; up]` of a gated MLP.
 
     Every rank holds its own slice of each part, so a shard is `[gate_r; up_r]`.
@@ -77,15 +122,12 @@ class Stacked(Layout):
     def shard(self, whole: Tensor, axis: int | None, rank: int, size: int) -> Tensor:
         if axis is None or size == 1:
             return whole
-        return self._cut(whole.chunk(self.parts), axis, rank, size)
+        return torch.cat([part.chunk(size, dim=axis)[rank] for part in whole.chunk(self.parts)])
 
     def join_shard(
         self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
     ) -> Tensor:
-        return self._cut(parts, axis, rank, size)
-
-    def _cut(self, parts: Sequence[Tensor], axis: int | None, rank: int, size: int) -> Tensor:
-        return torch.cat([super(Stacked, self).shard(part, axis, rank, size) for part in parts])
+        return torch.cat(list(parts))
 
     def unshard(self, shards: Sequence[Tensor], axis: int | None) -> Tensor:
         if axis is None or len(shards) == 1:
@@ -104,17 +146,22 @@ class StackedTogether(Stacked):
     def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
         return [whole]
 
-    def join_shard(
-        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
-    ) -> Tensor:
-        return self.shard(parts[0], axis, rank, size)
+    def cut[P: Part](
+        self, parts: Sequence[P], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> list[P]:
+        if axis == 0 and size > 1:
+            parts = [_block(parts[0], 0, number, self.parts) for number in range(self.parts)]
+        return super().cut(parts, dims, axis, rank, size)
 
 
-class GateUpColumns(StackedTogether):
+class GateUpColumns(Stacked):
     """GPT-OSS's gate and up of one expert: [in, 2 * out], alternating columns; biases likewise."""
 
     def __init__(self) -> None:
         super().__init__(parts=2)
+
+    def hf_axis(self, axis: int, dimensions: int) -> int:
+        return dimensions - 1 - axis
 
     def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
         rows = parts[0].t()
@@ -126,11 +173,14 @@ class GateUpColumns(StackedTogether):
     def join_shard(
         self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
     ) -> Tensor:
-        return self.shard(self.join(parts, dims), axis, rank, size)
+        return self.join(parts, dims)
 
 
-class Transposed(Layout):
+class Transposed(EvenlyCut):
     """One HF matrix [in, out]."""
+
+    def hf_axis(self, axis: int, dimensions: int) -> int:
+        return dimensions - 1 - axis
 
     def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
         return parts[0].t()
@@ -155,21 +205,54 @@ class InterleavedQKV(Layout):
         grouped = whole.unflatten(0, (dims.num_query_groups, -1))
         return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
 
+    def cut[P: Part](
+        self, parts: Sequence[P], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> list[P]:
+        if axis != 0 or dims.num_query_groups % size:
+            return list(parts)
+        return [_block(part, 0, rank, size) for part in parts]
+
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        if axis != 0 or dims.num_query_groups % size:
+            return super().join_shard(parts, dims, axis, rank, size)
+        groups = dims.num_query_groups // size
+        return self.join(parts, dataclasses.replace(dims, num_query_groups=groups))
+
 
 class Vocabulary(Layout):
     """Embedding or output rows; Megatron's copy ends in zero rows that HF never sees."""
 
     def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
         (rows,) = parts
+        return self._pad(rows, dims.padded_vocab_size)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        return [whole[: dims.vocab_size]]
+
+    def cut[P: Part](
+        self, parts: Sequence[P], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> list[P]:
+        (rows,) = parts
         if rows.shape[0] != dims.vocab_size:
             raise UserError(
                 f"it says vocab_size={dims.vocab_size}, but there are {rows.shape[0]} rows"
             )
-        missing = dims.padded_vocab_size - dims.vocab_size
-        return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        if axis != 0 or size == 1:
+            return [rows]
+        length = dims.padded_vocab_size // size
+        start = min(rank * length, dims.vocab_size)
+        return [rows.narrow(0, start, min(length, dims.vocab_size - start))]
 
-    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
-        return [whole[: dims.vocab_size]]
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        return self._pad(parts[0], dims.padded_vocab_size // (size if axis == 0 else 1))
+
+    def _pad(self, rows: Tensor, length: int) -> Tensor:
+        missing = length - rows.shape[0]
+        return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 class SwappedHalves(Layout):
@@ -193,7 +276,7 @@ class OneRow(Layout):
         return [whole.unsqueeze(0)]
 
 
-COPY = Layout()
+COPY = EvenlyCut()
 GATE_UP = Stacked(2)
 GATE_UP_TOGETHER = StackedTogether(2)
 GATE_UP_COLUMNS = GateUpColumns()

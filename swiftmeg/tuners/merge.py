@@ -1,6 +1,7 @@
 """Adapters added to the weights that they stand beside, on a live model."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmeg.errors import UserError
+from swiftmeg.export.parts import Block, StoredPart
 from swiftmeg.export.weights import HFWeights
 from swiftmeg.models.family import Row
 from swiftmeg.models.hf import HFModel
@@ -70,20 +72,21 @@ class MergedWeights(HFWeights):
         self.scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
         self.changed = {name for name, (_, b) in self.adapters.factors.items() if b.any()}
 
-    def parts(self, row: Row) -> list[Tensor]:
+    def parts(self, row: Row) -> list[StoredPart]:
         """The HF tensors of a row, with what the adapter makes of them."""
         whole = zip(row.hf, super().parts(row), strict=True)
-        return [self._merged(name, tensor) for name, tensor in whole]
+        return [part.then(partial(self._merged, name)) for name, part in whole]
 
-    def _merged(self, name: str, tensor: Tensor) -> Tensor:
+    def _merged(self, name: str, tensor: Tensor, block: Block) -> Tensor:
         if name in self.adapters.trained:
-            return self.adapters.trained[name].to(tensor.dtype)
+            return self.adapters.trained[name][block].to(tensor.dtype)
         if name not in self.adapters.factors:
             return tensor
         a, b = self.adapters.factors[name]
-        change = self.scale * (b.float() @ a.float())
         if name.endswith("embed_tokens.weight"):
-            change = change.t()
+            a, b = b.t(), a.t()  # a table maps one-hot vectors
+        rows, columns = block
+        change = self.scale * (b[rows].float() @ a[:, columns].float())
         return (tensor.float() + change).to(tensor.dtype)
 
     def report(self) -> str:

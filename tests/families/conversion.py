@@ -77,9 +77,11 @@ def difference(folder: Path, layout: Layout, mutation: Any = None) -> float | No
 def convert(root: Path, out: Path, name: str, layout: Layout) -> float | None:
     """Specimen `name` there and back; the largest difference of logits, on the last stage."""
     from swiftmeg.export.load import load_hf
-    from swiftmeg.export.model import load_mcore, save_mcore
+    from swiftmeg.export.model import save_mcore
+    from swiftmeg.export.ondemand import OnDemand
     from swiftmeg.export.precision import mcore_logits
     from swiftmeg.export.save import save_hf
+    from swiftmeg.export.stored import CheckpointSupply
 
     folder, target = root / name, out / name
     model, models, dims = build(folder, layout)
@@ -95,7 +97,6 @@ def convert(root: Path, out: Path, name: str, layout: Layout) -> float | None:
             for tensor in chunk.state_dict().values():
                 if isinstance(tensor, torch.Tensor):
                     tensor.fill_(float("nan"))
-    load_mcore(models, target / "mcore")
     save_hf(
         models,
         target / "hf",
@@ -105,6 +106,7 @@ def convert(root: Path, out: Path, name: str, layout: Layout) -> float | None:
         dims,
         dtype=torch.float32,
         max_shard_bytes=60_000,
+        weights=OnDemand(models, CheckpointSupply(models, target / "mcore")),
     )
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(target / "mcore")

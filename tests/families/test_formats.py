@@ -162,7 +162,8 @@ def test_mxfp4_is_read_as_transformers_reads_it(root: Path) -> None:
     rows = [row for row in plan if row.stack and row.stack in weights.packed]
     assert len(rows) == 4 * 6
     for row in rows:
-        (found,) = weights.parts(row)
+        (part,) = weights.parts(row)
+        found = part.read()
         blocks, scales = (stored[row.stack + part] for part in ("_blocks", "_scales"))
         expected = convert_moe_packed_tensors(blocks, scales)[row.expert]
         assert found.dtype == expected.dtype
@@ -170,7 +171,7 @@ def test_mxfp4_is_read_as_transformers_reads_it(root: Path) -> None:
         assert found.abs().max() > 0
     weights._places[f"{rows[0].stack}_scales"] = weights._places["model.norm.weight"]
     with pytest.raises(UserError, match="dequantise"):
-        weights.parts(rows[0])
+        weights.parts(rows[0])[0].read()
 
 
 def test_names_are_strict(root: Path) -> None:
@@ -228,17 +229,17 @@ def test_models_of_other_forms_are_the_same(root: Path) -> None:
 def names_read(folder: str, layout: Layout) -> set[str]:
     """The HF tensors that this rank opens to load its part."""
     read: set[str] = set()
-    original = HFWeights._stored
+    original = HFWeights.read
 
-    def record(self: HFWeights, name: str) -> torch.Tensor:
+    def record(self: HFWeights, name: str, *block: Any) -> torch.Tensor:
         read.add(name)
-        return original(self, name)
+        return original(self, name, *block)
 
-    HFWeights._stored = record  # type: ignore[method-assign]
+    HFWeights.read = record  # type: ignore[method-assign]
     try:
         difference(Path(folder), layout)
     finally:
-        HFWeights._stored = original  # type: ignore[method-assign]
+        HFWeights.read = original  # type: ignore[method-assign]
     return read
 
 
