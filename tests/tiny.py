@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    Ernie4_5_MoeConfig,
     Glm4Config,
     GptOssConfig,
     LlamaConfig,
@@ -44,6 +45,7 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "qwen2_moe": Qwen2MoeConfig,
     "deepseek_v3": DeepseekV3Config,
+    "ernie4_5_moe": Ernie4_5_MoeConfig,
     "glm4": Glm4Config,
     "gpt_oss": GptOssConfig,
     "mistral": MistralConfig,

@@ -26,6 +26,8 @@ class LayerSwitches:
     """Norms of what attention and MLP add to the residual stream."""
     qk_norm_across_heads: bool = False
     """The norms of queries and keys (`qk_layernorm`) span all heads, not each by itself."""
+    router_fp32: bool = False
+    """The router's weight is float32 whatever the dtype of the others."""
     router_softmax_bias: bool = False
     """The expert bias is added to softmax scores."""
     router_best_of_group: bool = False

@@ -266,7 +266,12 @@ def _experts(
         provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )
     submodules = layer.keywords["submodules"]
-    submodules.router = partial(Router, choice=choice_of(switches), has_bias=switches.expert_bias)
+    submodules.router = partial(
+        Router,
+        choice=choice_of(switches),
+        has_bias=switches.expert_bias,
+        fp32=switches.router_fp32,
+    )
     together = config.bf16 and not config.fp8 and not config.fp4
     if together or switches.expert_bias or not config.moe_grouped_gemm:
         submodules.experts = NativeSpecProvider().grouped_mlp_modules(False)

@@ -50,9 +50,17 @@ class Router(TopKRouter):
     """
 
     def __init__(
-        self, *args: Any, choice: Choice | None = None, has_bias: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        choice: Choice | None = None,
+        has_bias: bool = False,
+        fp32: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.exact = ["weight"] if fp32 else []
+        if fp32:
+            self.weight.data = self.weight.data.float()
         if has_bias:
             bias: Any = torch.nn.Parameter(self.weight.new_zeros(self.num_experts))
             bias.sequence_parallel = self.config.sequence_parallel
@@ -65,27 +73,29 @@ class Router(TopKRouter):
             self.register_buffer("shares", even, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the module, but leave its buffers in fp32.
+        """Move or cast the module, but leave its buffers, and what is `exact`, in fp32.
 
         Megatron casts whole models to half precision, where a bias as published and counts of
         tokens above 256 would be rounded.
         """
-        before = dict(self.named_buffers(recurse=False))
+        exact = [name for name, _ in self.named_buffers(recurse=False)] + self.exact
+        before = {name: getattr(self, name).data for name in exact}
         super()._apply(fn, recurse)
-        for name, after in self.named_buffers(recurse=False):
-            exact = after if before[name].is_meta else before[name].to(after.device)
-            setattr(self, name, exact.float())
+        for name, kept in before.items():
+            after = getattr(self, name)
+            after.data = (after.data if kept.is_meta else kept.to(after.device)).float()
         return self
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., experts] of tokens [..., h], in the router's dtype.
 
         The bias is added behind the product: TransformerEngine's, which Megatron takes where it is
-        installed, gives other sums for a bfloat16 bias and fp32 logits (seen with 2.20.2).
+        installed, gives other sums for a bfloat16 bias and fp32 logits (seen with 2.20.2). It
+        multiplies no matrices of different dtypes.
         """
         dtypes = {"fp32": torch.float32, "fp64": torch.float64}
         dtype = dtypes.get(self.config.moe_router_dtype, input.dtype)
-        logits = router_gating_linear(input, self.weight, None, dtype)
+        logits = router_gating_linear(input.to(self.weight.dtype), self.weight, None, dtype)
         return logits if self.bias is None else logits + self.bias.to(dtype)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

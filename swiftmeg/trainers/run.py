@@ -89,11 +89,11 @@ def _run_loop(run: Run) -> None:
     from swiftmeg import upstream
     from swiftmeg.export.model import check_same_model, saved_arguments
     from swiftmeg.models.build import model_config
+    from swiftmeg.trainers.groups import parameter_groups
     from swiftmeg.trainers.hooks import model_hooks
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
     from swiftmeg.trainers.namespace import training_namespace
     from swiftmeg.trainers.sft import make_forward_step
-    from swiftmeg.tuners.loraplus import learning_rates
 
     upstream.apply()
     args, model = run.args, run.model
@@ -111,7 +111,7 @@ def _run_loop(run: Run) -> None:
     )
     container.model.transformer.variable_seq_lengths = True
     container.model.finalize()
-    upstream.group_parameters(partial(learning_rates, ratio=args.lorap_lr_ratio))
+    upstream.group_parameters(partial(parameter_groups, lorap_lr_ratio=args.lorap_lr_ratio))
     counter = TokenCounter()
     log = RunLog(run.folder, megatron, counter)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.layouts.test_experts import ERNIE
 from tests.layouts.test_experts import MODELS as EXPERTS
 from tests.ranks import run_ranks
 from tests.tiny import save_model
@@ -12,6 +13,7 @@ from tests.tiny import save_model
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("qwen3", {"tie_word_embeddings": True}),
     "fp32-bias": EXPERTS["deepseek_v3"],  # routers' bias stays as it is
+    "fp32-router": ("ernie4_5_moe", ERNIE),  # their weights too
 }
 
 

@@ -29,6 +29,7 @@ def to_args(config: HFConfig) -> dict[str, Any]:
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": True,
             "router_softmax_bias": True,
+            "router_fp32": True,
             "moe_router_topk": config["moe_k"],
         }
         | expert_args(config, config["moe_num_experts"], _layers(config), shared)
