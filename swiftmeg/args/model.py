@@ -55,8 +55,9 @@ class TemplateArguments(PromptArguments):
     truncation_strategy: Literal["delete", "left", "right"] = "delete"
     """What happens to longer samples: drop them, or cut them on one side."""
     loss_scale: str | None = None
-    """Which tokens are trained: `default` (all assistant turns), `last_round` or `all`. None:
-    `default`, for `megatron pt` `all`."""
+    """Which tokens are trained: `default` (all assistant turns), `last_round` or `all`; and weights
+    of parts of the text, alone or behind one of these: `react`, `last_round+hermes`. See data.md.
+    None: `default`, for `megatron pt` `all`."""
 
 
 @dataclass

@@ -10,7 +10,8 @@ from torch import Tensor
 from swiftmeg.data.template import IGNORE
 from swiftmeg.errors import UserError
 
-Sample = tuple[Sequence[int], Sequence[int]]
+Array = np.ndarray[Any, Any]
+Sample = tuple[Sequence[int], Sequence[int], Sequence[float] | None]
 
 
 class Collator:
@@ -29,8 +30,10 @@ class Collator:
 
     Otherwise tensors are [rows, T], padded on the right, without `cu_seqlens`.
 
-    `samples` (int64) numbers the rows of the micro-batch from 1 and is 0 on padding. `num_tokens`
-    and `num_samples` (int64, no dimension) count the rows' tokens, padding left out, and the rows.
+    `loss_scale` (float32) is the weight in the loss of the label at its place, where rows have
+    weights. `samples` (int64) numbers the rows of the micro-batch from 1 and is 0 on padding.
+    `num_tokens` and `num_samples` (int64, no dimension) count the rows' tokens, padding left out,
+    and the rows.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class Collator:
         samples = list(_samples(rows))
         if not samples:
             raise ValueError("a micro-batch needs at least one row")
-        tokens = sum(len(ids) for ids, _ in samples)
+        tokens = sum(len(ids) for ids, *_ in samples)
         batch = self._flat(samples) if self.padding_free else self._padded(samples)
         return batch | {
             "num_tokens": torch.tensor(tokens),
@@ -68,7 +71,7 @@ class Collator:
         }
 
     def _flat(self, samples: list[Sample]) -> dict[str, Tensor]:
-        real = [len(ids) for ids, _ in samples]
+        real = [len(ids) for ids, *_ in samples]
         lengths = [-(-length // self.segment_multiple) * self.segment_multiple for length in real]
         total = sum(lengths)
         padding = self._padded_length(total) - total
@@ -78,8 +81,12 @@ class Collator:
         input_ids = np.full(total + padding, self.pad_token_id)
         labels = np.full(total + padding, IGNORE)
         numbers = np.zeros(total + padding, dtype=np.int64)
-        for number, (start, (ids, targets)) in enumerate(zip(borders, samples, strict=False), 1):
+        weights = _weights_like(labels, samples)
+        for number, (start, sample) in enumerate(zip(borders, samples, strict=False), 1):
+            ids, targets, loss_scale = sample
             end = start + len(ids)
+            if loss_scale is not None:
+                weights["loss_scale"][start : end - 1] = loss_scale[1:]
             input_ids[start:end] = ids
             labels[start : end - 1] = targets[1:]
             numbers[start:end] = number
@@ -92,14 +99,18 @@ class Collator:
             "samples": torch.from_numpy(numbers)[None],
             "cu_seqlens": torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
             "max_seqlen": torch.tensor(max(lengths), dtype=torch.int32),
+            **{name: torch.from_numpy(array)[None] for name, array in weights.items()},
         }
 
     def _padded(self, samples: list[Sample]) -> dict[str, Tensor]:
-        width = self._padded_length(max(len(ids) for ids, _ in samples))
+        width = self._padded_length(max(len(ids) for ids, *_ in samples))
         input_ids = np.full((len(samples), width), self.pad_token_id)
         labels = np.full((len(samples), width), IGNORE)
         numbers = np.zeros((len(samples), width), dtype=np.int64)
-        for index, (ids, targets) in enumerate(samples):
+        weights = _weights_like(labels, samples)
+        for index, (ids, targets, loss_scale) in enumerate(samples):
+            if loss_scale is not None:
+                weights["loss_scale"][index, : len(ids) - 1] = loss_scale[1:]
             input_ids[index, : len(ids)] = ids
             labels[index, : len(ids) - 1] = targets[1:]
             numbers[index, : len(ids)] = index + 1
@@ -109,6 +120,7 @@ class Collator:
             "labels": torch.from_numpy(labels),
             "position_ids": positions,
             "samples": torch.from_numpy(numbers),
+            **{name: torch.from_numpy(array) for name, array in weights.items()},
         }
 
     def _padded_length(self, length: int) -> int:
@@ -123,9 +135,16 @@ class Collator:
 
 
 def _samples(rows: Iterable[Any]) -> Iterable[Sample]:
-    """Yield ids and labels, not shifted, of rows and of the rows in packs."""
+    """Yield ids, labels and weights, not shifted, of rows and of the rows in packs."""
     for row in rows:
         if isinstance(row, list):
             yield from _samples(row)
         else:
-            yield row["input_ids"], row["labels"]
+            yield row["input_ids"], row["labels"], row.get("loss_scale")
+
+
+def _weights_like(labels: Array, samples: list[Sample]) -> dict[str, Array]:
+    """Weights of 1 where a sample has weights: rows that fill up an evaluation have none."""
+    if all(loss_scale is None for *_, loss_scale in samples):
+        return {}
+    return {"loss_scale": np.ones(labels.shape, dtype=np.float32)}

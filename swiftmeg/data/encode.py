@@ -22,7 +22,7 @@ from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # raise it when the same row would be encoded otherwise than before
+_FORMAT = 4  # raise it when the same row would be encoded otherwise than before
 _CHUNK = 500
 _HASHED = 10_000
 _LARGE = 64 * 2**20  # bytes
@@ -165,7 +165,7 @@ def _write(
 
     drops, bad_rows, context_only = Drops(), 0, 0
     results = _pass(rows, work, _CHUNK, num_proc)
-    with TokenWriter(folder) as writer:
+    with TokenWriter(folder, weighted=template.weighted) as writer:
         for chunk, dropped, bad, untrained in _progress(results, len(rows)):
             writer.write(chunk)
             drops.merge(dropped)

@@ -14,17 +14,25 @@ _COLOURS = ("\x1b[2m", "\x1b[1;32m", "\x1b[0m")
 _BRACKETS = ("", "⟦", "⟧")
 
 
-def marked_text(tokenizer: Any, row: dict[str, Sequence[int]], colour: bool) -> str:
-    """Decode a row of `input_ids` and `labels`, with trained tokens in green, or in ⟦brackets⟧."""
+def marked_text(tokenizer: Any, row: dict[str, Any], colour: bool) -> str:
+    """Decode a row of `input_ids` and `labels`, with trained tokens in green, or in ⟦brackets⟧.
+
+    Behind those whose weight in the loss is not 1 it stands as a factor.
+    """
     pieces = []
     ids, labels = (np.asarray(row[name]).tolist() for name in ("input_ids", "labels"))
-    tokens = zip(ids, labels, strict=True)
-    for trained, run in groupby(tokens, key=lambda token: token[1] != IGNORE):
-        text = tokenizer.decode([token for token, _ in run])
+    weights = np.asarray(row.get("loss_scale", np.ones(len(ids)))).tolist()
+    tokens = [
+        (token, label != IGNORE, weight if label != IGNORE else 1.0)
+        for token, label, weight in zip(ids, labels, weights, strict=True)
+    ]
+    for (trained, weight), run in groupby(tokens, key=lambda token: token[1:]):
+        text = tokenizer.decode([token for token, *_ in run])
         if colour:
-            pieces.append(_COLOURS[trained] + text + _COLOURS[2])
-        else:
-            pieces.append(_BRACKETS[1] + text + _BRACKETS[2] if trained else text)
+            text = _COLOURS[trained] + text + _COLOURS[2]
+        elif trained:
+            text = _BRACKETS[1] + text + _BRACKETS[2]
+        pieces.append(text if weight == 1 else f"{text}\u00d7{weight:g}")
     return "".join(pieces)
 
 

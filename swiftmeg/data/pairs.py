@@ -40,6 +40,9 @@ class PairTemplate:
     `loss_scale` only says whether empty thinking is left out.
     """
 
+    weighted = False
+    """Tokens of pairs have no weights."""
+
     def __init__(self, tokenizer: Any, *, loss_scale: str = "default", **options: Any) -> None:
         if loss_scale not in LOSS_SCALES:
             raise UserError(

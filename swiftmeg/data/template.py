@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swiftmeg.data.chat_templates import GENERATION, ChatTemplate, find_chat_template
+from swiftmeg.data.loss_weights import LossScale, Weighted
 from swiftmeg.data.rows import Row, RowError, RowTooLong
 from swiftmeg.data.shapes import Shapes, quoted_markup
 from swiftmeg.data.span_tokenizer import SpanTokenizer
@@ -20,24 +21,16 @@ Array = np.ndarray[Any, Any]
 IGNORE = -100
 """The label of a token that is not trained."""
 
-LOSS_SCALES = (
-    "default",
-    "last_round",
-    "all",
-    "ignore_empty_think",
-    "last_round_with_ignore_empty_think",
-)
-WEIGHTED_LOSS_SCALES = ("react", "hermes", "qwen", "agentflan", "alpha_umi")
 TRUNCATION_STRATEGIES = ("delete", "left", "right")
-
-_EMPTY_THINK = re.compile(r"<think>\s*</think>\s*")
 
 
 class Encoded(NamedTuple):
-    """A row as tokens: two arrays, int32 [length]; see `Template.encode`."""
+    """A row as tokens: two arrays, int32 [length]; see `Template.encode`. `loss_scale` (float32)
+    are the tokens' weights in the loss; None: all have the weight 1."""
 
     input_ids: Array
     labels: Array
+    loss_scale: Array | None = None
 
 
 class Template:
@@ -65,20 +58,13 @@ class Template:
         use_chat_template: bool = True,
         response_prefix: str | None = None,
     ) -> None:
-        if loss_scale in WEIGHTED_LOSS_SCALES:
-            raise UserError(
-                f"--loss_scale {loss_scale}: weighs some tokens of tool calls more than others, "
-                "which is not supported: use default, which trains all of them alike, or "
-                "last_round"
-            )
-        _check_choice("--loss_scale", loss_scale, LOSS_SCALES)
         _check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         if max_length is not None and max_length < 2:
             raise UserError(f"--max_length {max_length}: must be at least 2")
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
-        self.loss_scale = loss_scale
+        self.loss_scale = LossScale.parse(loss_scale)
         self.response_prefix = response_prefix
         self.context_only_turns = 0
         """How many assistant turns were not trained because the template strips their thinking."""
@@ -93,6 +79,11 @@ class Template:
         markup = {*self._end_tokens, *(quoted_markup(self.chat.jinja) if self.chat else ())}
         self._shapes = Shapes(lambda messages: self._turns(messages, None), markup)
 
+    @property
+    def weighted(self) -> bool:
+        """Whether encoded rows have `loss_scale`."""
+        return self.loss_scale.weighted
+
     def identity(self) -> dict[str, Any]:
         """Return all that decides the outcome of `encode`, as JSON-able values."""
         return {
@@ -104,11 +95,12 @@ class Template:
             "system": self.system,
             "max_length": self.max_length,
             "truncation_strategy": self.truncation_strategy,
-            "loss_scale": self.loss_scale,
+            "loss_scale": self.loss_scale.name,
         }
 
     def encode(self, row: Row) -> dict[str, list[int]]:
-        """Return `input_ids` and `labels`, two lists of ints of one length, for a standard row.
+        """Return `input_ids` and `labels`, two lists of ints of one length, for a standard row, and
+        `loss_scale`, weights, if there are others than 1.
 
         `labels[i]` is `input_ids[i]` where token i is trained, else -100; it is not shifted, and
         `labels[0]` is always -100, since nothing comes before the first token.
@@ -120,7 +112,9 @@ class Template:
         (outcome,) = self.encode_many([row])
         if not isinstance(outcome, Encoded):
             raise outcome
-        return {"input_ids": outcome.input_ids.tolist(), "labels": outcome.labels.tolist()}
+        return {
+            name: array.tolist() for name, array in outcome._asdict().items() if array is not None
+        }
 
     def encode_many(
         self, rows: Sequence[Row], last_turns: int | None = None
@@ -130,7 +124,7 @@ class Template:
         With `last_turns` at most so many assistant turns are trained, the last ones.
         """
         outcomes: list[Any] = [None] * len(rows)
-        places, texts, spans = [], [], []
+        places, texts, parts = [], [], []
         for place, row in enumerate(rows):
             try:
                 text, trained = self._trained_text(row, last_turns)
@@ -139,16 +133,18 @@ class Template:
             else:
                 places.append(place)
                 texts.append(text)
-                spans.append(trained)
-        for place, found in zip(places, self._tokens.ids_and_spans(texts, spans), strict=True):
+                parts.append(trained)
+        spans = [[(start, end) for start, end, _ in row_parts] for row_parts in parts]
+        tokens = self._tokens.ids_and_spans(texts, spans)
+        for place, (ids, found), row_parts in zip(places, tokens, parts, strict=True):
             try:
-                outcomes[place] = self._labelled(*found)
+                outcomes[place] = self._labelled(ids, found, [weight for *_, weight in row_parts])
             except RowError as error:
                 outcomes[place] = error
         return outcomes
 
-    def _trained_text(self, row: Row, last_turns: int | None) -> tuple[str, list[tuple[int, int]]]:
-        """Return a row's text and which of its characters are trained."""
+    def _trained_text(self, row: Row, last_turns: int | None) -> tuple[str, list[Weighted]]:
+        """Return a row's text and which of its characters are trained, with their weights."""
         messages = to_chat(row["messages"])
         check_answered(messages)
         if self.chat is None:
@@ -158,14 +154,23 @@ class Template:
             self._check_tools_shown(messages, tools)
             text, turns = self._render(messages, tools)
         self._refuse_far_too_long(text)
-        if self.loss_scale == "all":
-            return text, [(0, len(text))]
+        if self.loss_scale.strategy == "all":
+            return text, self.loss_scale.weigh(text, 0, len(text))
         turns = turns if last_turns is None else turns[-last_turns:]
-        spans = [(turn.start, turn.end) for turn in turns if turn.trained]
-        self.context_only_turns += len(turns) - len(spans)
-        if "ignore_empty_think" in self.loss_scale:
-            spans = [_skip_empty_think(text, *span) for span in spans]
-        return text, spans
+        trained = [turn for turn in turns if turn.trained]
+        self.context_only_turns += len(turns) - len(trained)
+        return text, [part for turn in trained for part in self._weigh(text, turn)]
+
+    def _weigh(self, text: str, turn: Turn) -> list[Weighted]:
+        """Divide a turn by weight; that of the token that closes it is 1."""
+        closing = ""
+        if self.loss_scale.weighted:
+            said = text[turn.start : turn.end]
+            ends = [end for end in self._end_tokens if said.endswith(end)]
+            closing = max(ends, key=len, default="")
+        content_end = turn.end - len(closing)
+        parts = self.loss_scale.weigh(text, turn.start, content_end)
+        return [*parts, (content_end, turn.end, 1.0)] if closing else parts
 
     def _check_tools_shown(self, messages: list[Message], tools: list[Any] | None) -> None:
         """RowError for what the template does not even mention, and would drop in silence."""
@@ -175,19 +180,22 @@ class Template:
         if "tool_calls" not in self.chat.jinja and any("tool_calls" in each for each in messages):
             raise RowError("the chat template does not show tool calls")
 
-    def _labelled(self, ids: Array, spans: list[tuple[int, int]]) -> Encoded:
+    def _labelled(self, ids: Array, spans: list[tuple[int, int]], weights: list[float]) -> Encoded:
         labels = np.full_like(ids, IGNORE)
-        for start, end in spans:
+        loss_scale = np.zeros(len(ids), dtype=np.float32) if self.weighted else None
+        for (start, end), weight in zip(spans, weights, strict=True):
             labels[start:end] = ids[start:end]
-        return self.fit_to(Encoded(ids, labels), len(ids))
+            if loss_scale is not None:
+                loss_scale[start:end] = weight
+        return self.fit_to(Encoded(ids, labels, loss_scale), len(ids))
 
     def fit_to(self, row: Encoded, longest: int) -> Encoded:
         """Cut a row as if it had `longest` tokens, or raise RowTooLong; see `encode`."""
-        ids, labels = self._fit(row, longest)
-        labels[:1] = IGNORE
-        if (labels == IGNORE).all():
+        row = self._fit(row, longest)
+        row.labels[:1] = IGNORE
+        if (row.labels == IGNORE).all():
             raise RowError("no token to train")
-        return Encoded(ids, labels)
+        return row
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: str | list[Any] | None = None
@@ -253,7 +261,7 @@ class Template:
 
     @property
     def _last_round(self) -> bool:
-        return self.loss_scale.startswith("last_round")
+        return self.loss_scale.strategy == "last_round"
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self.system is None or messages[0]["role"] == "system":
@@ -285,7 +293,7 @@ class Template:
     def _too_long(self, tokens: str) -> RowTooLong:
         return RowTooLong(f"longer than --max_length {self.max_length}", f"{tokens} tokens")
 
-    def _fit(self, row: Encoded, longest: int) -> tuple[Array, Array]:
+    def _fit(self, row: Encoded, longest: int) -> Encoded:
         limit = self.max_length
         if limit is None or longest <= limit:
             return row
@@ -293,7 +301,8 @@ class Template:
             raise self._too_long(str(longest))
         left = self.truncation_strategy == "left"
         part = slice(longest - limit, None) if left else slice(limit)
-        return row.input_ids[part], row.labels[part]
+        weights = None if row.loss_scale is None else row.loss_scale[part]
+        return Encoded(row.input_ids[part], row.labels[part], weights)
 
 
 def _plain(messages: list[Message]) -> list[Message]:
@@ -353,8 +362,3 @@ def _read_system(system: str | None) -> str | None:
         except OSError as error:
             raise UserError(f"--system {system}: cannot be read ({error.strerror})") from None
     return system.replace("\\n", "\n")
-
-
-def _skip_empty_think(text: str, start: int, end: int) -> tuple[int, int]:
-    found = _EMPTY_THINK.match(text, start, end)
-    return (found.end(), end) if found else (start, end)

@@ -41,14 +41,17 @@ def packed_params(cu_seqlens: Tensor | None, longest: Tensor | None) -> PackedSe
     )
 
 
-def loss_function(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum the losses [b, s] where `mask` [b, s] is 1, and count those places.
+def loss_function(
+    mask: Tensor, losses: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the losses [b, s], times `weights` [b, s], where `mask` [b, s] is 1; count those places.
 
     Megatron adds sums and counts over micro-batches and data-parallel ranks and divides once, so
     the result does not depend on how the global batch is split. A micro-batch, a rank's chunks of
     it or a whole step without a trained token counts as zero.
     """
-    total = (losses.float() * mask).sum()
+    scale = mask if weights is None else mask * weights
+    total = (losses.float() * scale).sum()
     count = mask.sum()
     # Beside any token the addition is lost in rounding; without one it makes 0 / 0 a zero.
     report = torch.stack([total.detach(), count + torch.finfo(count.dtype).tiny])
@@ -90,6 +93,7 @@ def make_forward_step(counter: TokenCounter) -> Callable[..., Any]:
             packed_seq_params=packed,
             padding_mask=_marks(model, batch["samples"], labels, count),
         )
-        return output, partial(loss_function, mask)
+        weights = {"weights": batch["loss_scale"]} if "loss_scale" in batch else {}
+        return output, partial(loss_function, mask, **weights)
 
     return forward_step

@@ -103,7 +103,9 @@ def test_trained_tokens_are_coloured() -> None:
         def decode(self, ids: list[int]) -> str:
             return " ".join(map(str, ids))
 
-    row = {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, -100]}
+    row: dict[str, list[float]] = {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, -100]}
     green = "\x1b[1;32m2 3\x1b[0m"
     assert marked_text(Words(), row, True) == f"\x1b[2m1\x1b[0m{green}\x1b[2m4\x1b[0m"
     assert marked_text(Words(), row, False) == "1⟦2 3⟧4"
+    row["loss_scale"] = [0.0, 1.0, 2.0, 0.0]
+    assert marked_text(Words(), row, False) == "1⟦2⟧⟦3⟧\u00d724"

@@ -58,6 +58,17 @@ def test_padding_within_a_segment_belongs_to_no_sample():
     assert batch["samples"].tolist() == [[1, 1, 1, 0, 2, 2, 0, 0]]
 
 
+def test_weights_go_with_the_labels():
+    weighted = {**row(1, 2, 3), "loss_scale": [0.0, 2.0, 0.5]}
+    rows = [[weighted, row(7, 8)], row(4, 5)]  # a pack, and a row that fills up
+    flat = Collator(PAD, segment_multiple=4, pad_to_multiple_of=4)(rows)["loss_scale"]
+    assert flat.dtype == torch.float32
+    assert flat.tolist() == [[2.0, 0.5, *[1.0] * 10]]
+    padded = Collator(PAD, padding_free=False)([weighted, row(4, 5)])["loss_scale"]
+    assert padded.tolist() == [[2.0, 0.5, 1.0], [1.0, 1.0, 1.0]]
+    assert "loss_scale" not in Collator(PAD)([row(4, 5)])
+
+
 def test_a_full_row_gets_no_padding():
     batch = Collator(PAD, pad_to_multiple_of=5)([row(1, 2, 3), row(4, 5)])
     assert batch["cu_seqlens"].tolist() == [0, 3, 5]

@@ -470,7 +470,7 @@ def test_a_template_file(make_tokenizer, templates, tmp_path):
         ({"name": "chatmi"}, "--template chatmi: unknown; accepted: chatml, .*generation"),
         ({"name": "gemma"}, "--template gemma: .* no token <start_of_turn> <end_of_turn>: add"),
         ({"name": "no.jinja"}, "--template no.jinja: cannot be read"),
-        ({"loss_scale": "al"}, "--loss_scale al: unknown; accepted: default, last_round, all"),
+        ({"loss_scale": "al"}, "--loss_scale al: al: unknown; accepted: default, last_round, all"),
         ({"truncation_strategy": "split"}, "--truncation_strategy split: .*delete, left, right"),
         ({"max_length": 1}, "--max_length 1: must be at least 2"),
     ],
@@ -557,7 +557,44 @@ def test_places_told_from_lengths_are_those_that_are_reported(make_tokenizer, ki
     assert (used > 200) == (kind == "byte_level")
 
 
-@pytest.mark.parametrize("name", ["react", "hermes", "qwen", "agentflan", "alpha_umi"])
-def test_weights_of_tokens_are_refused_by_name(make_tokenizer, templates, name):
-    with pytest.raises(UserError, match=f"--loss_scale {name}: weighs some tokens .* use default"):
-        Template(make_tokenizer(templates.chatml), loss_scale=name)
+REACT = "Thought: why\nAction: look\nAction Input: {}\nObservation: found\nFinal Answer: yes"
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "slow"])
+def test_weights_of_tokens(make_tokenizer, templates, kind):
+    tokenizer = make_tokenizer(templates.chatml, kind)
+    row = {"messages": user_assistant("Action: no", REACT, "b", "x Action: y")}
+    found = Template(tokenizer, loss_scale="react").encode(row)
+    plain = Template(tokenizer).encode(row)
+    if kind == "byte_level":  # whose tokens do not cross the borders between the parts
+        assert found["input_ids"] == plain["input_ids"]
+    assert tokenizer.decode(found["input_ids"]) == tokenizer.decode(plain["input_ids"])
+    parts = []
+    tokens = zip(found["input_ids"], found["labels"], found["loss_scale"], strict=True)
+    for (trained, weight), run in itertools.groupby(tokens, lambda t: (t[1] != -100, t[2])):
+        assert trained == bool(weight)
+        if trained:
+            parts.append((weight, tokenizer.decode([token for token, *_ in run]).strip()))
+    assert parts == [
+        (1, "Thought: why"),
+        (2, "Action: look\nAction Input: {}\nObservation:"),
+        (1, "Final Answer: yes<|im_end|>"),
+        (1, "x"),
+        (2, "Action: y"),
+        (1, "<|im_end|>"),
+    ]
+    last = Template(tokenizer, loss_scale="last_round+react").encode(row)
+    count = sum(map(bool, last["loss_scale"]))
+    assert tokenizer.decode(last["input_ids"][-count - 1 :]) == "x Action: y<|im_end|>\n"
+    assert last["loss_scale"][-count - 1 :] == found["loss_scale"][-count - 1 :]
+
+
+def test_weights_are_cut_with_the_row(make_tokenizer, templates):
+    tokenizer = make_tokenizer(templates.chatml)
+    row = {"messages": user_assistant("a", REACT)}
+    whole = Template(tokenizer, loss_scale="react").encode(row)
+    size = len(whole["input_ids"]) - 5
+    for strategy, part in (("left", slice(5, None)), ("right", slice(size))):
+        options = {"max_length": size, "truncation_strategy": strategy}
+        cut = Template(tokenizer, loss_scale="react", **options).encode(row)
+        assert cut["loss_scale"] == whole["loss_scale"][part]

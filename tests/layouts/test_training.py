@@ -17,10 +17,14 @@ QWEN3 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "tp2-sp-padded": (2, SEQUENCE | {"padding_free": "false", "micro_batch_size": 2}),
-    "pp2-cp2": (4, PIPELINE | {"context_parallel_size": 2}),
+    "tp2-sp-padded": (
+        2,
+        SEQUENCE | {"padding_free": "false", "micro_batch_size": 2, "loss_scale": "react"},
+    ),
+    "pp2-cp2": (4, PIPELINE | {"context_parallel_size": 2, "loss_scale": "last_round+react"}),
     "dp2": (2, {}),
 }
+"""Processes and flags of a layout, some with weights of tokens in the loss."""
 
 
 def rows(count: int) -> list[dict[str, Any]]:
@@ -28,7 +32,8 @@ def rows(count: int) -> list[dict[str, Any]]:
     made = []
     for i in range(count):
         turns = [{"role": "user", "content": f"question {i} " + "x" * (7 * i % 40)}]
-        turns.append({"role": "assistant", "content": "yes " * (1 + 5 * i % 13)})
+        answer = "yes " * (1 + 5 * i % 13) + ("Action: look " if i % 4 == 1 else "")
+        turns.append({"role": "assistant", "content": answer})
         if i % 3 == 0:
             turns += [
                 {"role": "user", "content": "and?"},
@@ -116,7 +121,9 @@ def transformers_loss(model: Any, folder: Path, **template_options: Any) -> torc
         encoded = template.encode(row)
         logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(encoded["labels"])[1:]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        weights = torch.tensor(encoded.get("loss_scale", [1.0] * len(encoded["labels"])))[1:]
+        total = total + (losses * weights).sum()
         count += int((labels != -100).sum())
     return total / count
 
@@ -134,8 +141,11 @@ def test_evaluation_is_the_loss_over_all_rows(work: Path, layout: str) -> None:
     lines = train_steps(work, "qwen3", f"eval-{layout.replace(' ', '-')}", world, flags)
     model = AutoModelForCausalLM.from_pretrained(work / "qwen3", dtype=torch.float32)
     with torch.no_grad():
-        expected = transformers_loss(model, work / "qwen3").item()
+        options = {key: value for key, value in flags.items() if key == "loss_scale"}
+        expected = transformers_loss(model, work / "qwen3", **options).item()
+        unweighted = transformers_loss(model, work / "qwen3").item()
     assert relative(lines[-1]["eval_lm loss"], expected) <= 1e-5
+    assert ("loss_scale" in flags) == (relative(expected, unweighted) > 1e-2)
 
 
 def test_pt_trains_on_every_token(work: Path) -> None:
