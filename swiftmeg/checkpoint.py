@@ -6,6 +6,7 @@ that damage is found without a file beside it.
 """
 
 import io
+import json
 import os
 import re
 import shutil
@@ -21,6 +22,18 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 LAST_FILE = "metadata.json"
 """What Megatron writes when all ranks have written their parts."""
+
+UNFINISHED = ".unfinished"
+"""How the name of a folder ends that is being written; it begins with a dot."""
+
+
+def refuse_unfinished(flag: str, folder: Path) -> None:
+    """UserError for a folder that a killed command has left."""
+    if folder.name.endswith(UNFINISHED):
+        raise UserError(
+            f"{flag} {folder}: what is in this folder was not completed: name the one without the "
+            f"dot and {UNFINISHED}, or write it again"
+        )
 
 
 def folder_name(iteration: int | str) -> str:
@@ -41,7 +54,9 @@ def iterations(folder: Path) -> list[int]:
 
 def missing(iteration: Path) -> str | None:
     """What an iteration's folder lacks, by names and sizes of its files; None if it is whole."""
-    if not (iteration / LAST_FILE).is_file():
+    try:
+        json.loads((iteration / LAST_FILE).read_text())
+    except (OSError, ValueError):
         return f"{iteration.name} is missing or incomplete"
     try:
         index = _index(iteration)
@@ -147,6 +162,7 @@ def examine(flag: str, folder: str, step: int | None = None) -> tuple[Path, str 
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
         raise UserError(f"{flag} {folder}: no such folder")
+    refuse_unfinished(flag, path)
     tracker = path / TRACKER
     if not tracker.is_file():
         if path.name.startswith("iter_"):

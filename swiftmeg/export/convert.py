@@ -10,10 +10,10 @@ from typing import Any
 from swiftmeg import distributed, platform
 from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
-from swiftmeg.checkpoint import check_checkpoint
+from swiftmeg.checkpoint import UNFINISHED, check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.export.place import take_place
-from swiftmeg.models.hf import UNFINISHED, HFModel
+from swiftmeg.models.hf import HFModel
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

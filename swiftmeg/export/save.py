@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from swiftmeg.checkpoint import UNFINISHED
 from swiftmeg.export.load import OUTPUT
 from swiftmeg.export.ondemand import Weights, Whole
 from swiftmeg.export.owners import Share, shares
@@ -18,7 +19,6 @@ from swiftmeg.export.place import take_place
 from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.export.writer import INDEX, TensorInfo, assign_files, write_files, write_slices
 from swiftmeg.models.family import Family, HFConfig, Row
-from swiftmeg.models.hf import UNFINISHED
 from swiftmeg.models.layout import Dims
 
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)")

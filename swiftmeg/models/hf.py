@@ -9,12 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from swiftmeg.checkpoint import refuse_unfinished
 from swiftmeg.errors import UserError
 from swiftmeg.models import families  # noqa: F401  (registers them)
 from swiftmeg.models.family import REGISTRY, Family, HFConfig
-
-UNFINISHED = ".unfinished"
-"""How the name of a folder ends that is being written; it begins with a dot."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,7 @@ def find_folder(model: str, use_hf: bool = False, revision: str | None = None) -
                 f"--model_revision {revision} needs a hub id, but --model {model} is a folder: "
                 "drop it"
             )
-        if path.name.endswith(UNFINISHED):
-            raise UserError(
-                f"--model {model}: what is in this folder was not completed: name the one without "
-                f"the dot and {UNFINISHED}, or write it again"
-            )
+        refuse_unfinished("--model", path)
         return path.resolve()
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"--model {model}: no such folder, and not a hub id of the form owner/name")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from swiftmeg import checkpoint
 from swiftmeg.checkpoint import TRACKER
+from tests.kills import exit_codes, work_and_die
 from tests.ranks import fork_context, rank_main, run_ranks
 from tests.tiny import save_model
 
@@ -143,6 +144,28 @@ def test_run_killed_at_random_moments_ends_like_an_undisturbed_one(
         assert found.keys() == expected.keys()
         assert [name for name in found if not torch.equal(found[name], expected[name])] == []
     print(f"{kills} kills in {campaign} runs, {inside} inside a save")
+
+
+@pytest.mark.parametrize(
+    ("file", "size"),
+    [(r"iter_0000002/__0_0\.distcp$", 50_000), (r"iter_0000002/metadata\.json", 0)],
+)
+def test_run_killed_inside_a_save_keeps_the_one_before(
+    work: Path, tmp_path: Path, file: str, size: int
+) -> None:
+    save = tmp_path / "save"
+    argv = flags(work, save, train_iters=2)
+    assert exit_codes(1, work_and_die, file, size, train, argv) == [-signal.SIGXFSZ]
+    assert (save / TRACKER).read_text() == "1"
+    assert checkpoint.damaged(save / "iter_0000001") is None
+    path, fault, _ = checkpoint.examine("--load", str(save), 2)
+    assert fault == "iter_0000002 is missing or incomplete"
+    assert (path / "iter_0000002").is_dir()
+    run_ranks(1, train, argv)
+    assert set(log_steps(save)) == {1, 2}
+    assert (save / TRACKER).read_text() == "2"
+    assert checkpoint.missing(save / "iter_0000002") is None
+    assert checkpoint.damaged(save / "iter_0000002") is None
 
 
 def test_sigterm_saves_the_step_at_hand(work: Path, tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""A conversion that is killed leaves its target as it was, and what it wrote is refused."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from swiftmeg.checkpoint import check_checkpoint
+from swiftmeg.errors import UserError
+from swiftmeg.models.hf import read_model
+from tests.cli.commands import snapshot
+from tests.export.test_precision import convert
+from tests.kills import exit_codes, work_and_die
+from tests.ranks import run_ranks
+from tests.tiny import save_model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, and both in Megatron's form."""
+    folder = tmp_path_factory.mktemp("kills")
+    for name, layers in (("old", 2), ("new", 4)):
+        save_model(folder / name, "qwen3", num_hidden_layers=layers)
+        run_ranks(1, convert, to_mcore(folder / name, folder / f"{name}-mcore"))
+    return folder
+
+
+def to_mcore(model: Path, target: Path) -> list[str]:
+    return ["--model", str(model), "--to_mcore", "true", "--output_dir", str(target)]
+
+
+def to_hf(checkpoint: Path, target: Path) -> list[str]:
+    words = ["--mcore_model", str(checkpoint), "--to_hf", "true", "--output_dir", str(target)]
+    return [*words, "--max_shard_size", "300KB"]
+
+
+MCORE_POINTS = [
+    (1, r"__0_0\.distcp$", 100_000),
+    (1, r"/\.metadata", 100),
+    (1, r"latest_checkpointed_iteration", 0),
+    (1, r"args_sources", 0),
+    (4, r"__2_0\.distcp$", 50_000),
+]
+
+
+@pytest.mark.parametrize(("world", "file", "size"), MCORE_POINTS)
+def test_killed_on_the_way_to_megatron(
+    work: Path, tmp_path: Path, world: int, file: str, size: int
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(work / "old-mcore", target)
+    before = snapshot(target)
+    command = [*to_mcore(work / "new", target), "--exist_ok", "true"]
+    codes = exit_codes(world, work_and_die, file, size, convert, command)
+    assert codes.count(-signal.SIGXFSZ) == 1, codes
+    assert None not in codes, f"hangs: {codes}"
+    assert snapshot(target) == before
+    check_checkpoint("--mcore_model", str(target))
+    if world == 1:  # of several, those that live on have removed it
+        with pytest.raises(UserError, match=r"\.target\.unfinished: .*was not completed"):
+            check_checkpoint("--mcore_model", str(tmp_path / ".target.unfinished"))
+    run_ranks(1, convert, command)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+    assert snapshot(target) != before
+
+
+HF_POINTS = [
+    (1, r"model-00002-of-.*safetensors$", 100_000),
+    (1, r"safetensors\.index\.json", 10),
+    (4, r"model-00003-of-.*safetensors$", 50_000),
+]
+
+
+@pytest.mark.parametrize(("world", "file", "size"), HF_POINTS)
+def test_killed_on_the_way_to_hugging_face(
+    work: Path, tmp_path: Path, world: int, file: str, size: int
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(work / "old", target)
+    before = snapshot(target)
+    command = [*to_hf(work / "new-mcore", target), "--exist_ok", "true"]
+    codes = exit_codes(world, work_and_die, file, size, convert, command)
+    assert codes.count(-signal.SIGXFSZ) == 1, codes
+    assert None not in codes, f"hangs: {codes}"
+    assert snapshot(target) == before
+    if world == 1:
+        with pytest.raises(UserError, match=r"\.target\.unfinished: .*was not completed"):
+            read_model(str(tmp_path / ".target.unfinished"))
+    run_ranks(1, convert, command)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
+    assert snapshot(target) != before
