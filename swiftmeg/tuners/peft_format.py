@@ -29,8 +29,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _EMBEDDING = "embed_tokens"
-_LIKE_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "w1", "w2", "w3")
-"""Last parts of names that PEFT takes for an expert's in a model with routed experts."""
+_LIKE_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate", "router", "w1", "w2", "w3")
+"""Last parts of names that PEFT takes for an expert's in a model with routed experts, and of
+routers, which are no linear layers there."""
 
 Pair = tuple[Tensor, Tensor]
 """Factors A and B."""

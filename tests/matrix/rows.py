@@ -300,13 +300,15 @@ ROWS = [
 
 
 def write_inputs(folder: Path, models: set[str], **changes: Any) -> None:
-    """Write the models and the rows: conversations of awkward lengths, 25 to 125 tokens.
-
-    `changes` are sizes that all models get.
-    """
+    """Write the models and the rows; `changes` are sizes that all models get."""
     for name in models:
         family, sizes = MODELS[name]
         save_model(folder / name, family, **sizes | changes)
+    write_rows(folder)
+
+
+def write_rows(folder: Path) -> None:
+    """Write conversations of awkward lengths, 25 to 125 tokens, to rows.jsonl."""
     lines = []
     for i in range(16):
         # pairs of rows fill a pack of MAX_LENGTH

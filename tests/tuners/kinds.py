@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tests.families.conversion import Layout, build
+from tests.families.specimens import ALL, SPECIMENS
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {
@@ -21,8 +22,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "glm4_moe": {"target_modules": ["all-linear"], "modules_to_save": ["router", "output_layer"]},
     # latent attention
     "deepseek_v3": {"target_modules": ["all-linear", "all-router"]},
+    # experts with biases, which have no adapters
+    "gpt_oss": {"target_modules": ["linear_qkv", "linear_proj", "all-router"]},
 }
 """Specimens of tests.families, and what is adapted in them."""
+
+UNREADABLE = {"mimo", "deepseek"}
+"""transformers has no class for them; their layers are those of others."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    kind: {"target_modules": ["all-linear", "all-router"] if ALL[kind].experts else ["all-linear"]}
+    for group in SPECIMENS.values()
+    if not group.keys() & (KINDS.keys() | UNREADABLE)
+    for kind in list(group)[:1]
+}
+"""A specimen of every other family; these are adapted in the first layout only."""
 
 LAYOUTS = {
     "tp2": Layout(2, tensor=2),
@@ -36,7 +50,7 @@ def arguments(kind: str, folder: Path) -> Any:
     """The flags of a run that trains these adapters."""
     from swiftmeg.args.tuner import LoraArguments
 
-    flags = {"train_type": "lora", "lora_rank": 3, "lora_alpha": 7} | KINDS[kind]
+    flags = {"train_type": "lora", "lora_rank": 3, "lora_alpha": 7} | (KINDS | OTHERS)[kind]
     return SimpleNamespace(**asdict(LoraArguments(**flags)), model=str(folder), load=None)
 
 

@@ -1,4 +1,4 @@
-"""Adapters of every kind of family: PEFT computes the same, and so does the merged model."""
+"""Adapters of every family: PEFT computes the same, and so does the merged model."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 from tests.families.specimens import ALL, write_named
 from tests.ranks import run_ranks
-from tests.tuners.kinds import KINDS, LAYOUTS, adapt_all
+from tests.tuners.kinds import KINDS, LAYOUTS, OTHERS, adapt_all
 
+FIRST = next(iter(LAYOUTS))
 CASES = [
     (kind, layout)
-    for kind in KINDS
     for layout, sizes in LAYOUTS.items()
+    for kind in (KINDS | OTHERS if layout == FIRST else KINDS)
     if ALL[kind].experts or sizes.expert == 1
 ]
 
@@ -22,7 +23,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
-    for kind in KINDS:
+    for kind in KINDS | OTHERS:
         write_named(folder / kind, kind)
     return folder
 
@@ -67,7 +68,7 @@ def test_peft_and_the_merged_model_compute_the_same(
     assert (found - torch.load(root / kind / "expected.pt")["logits"]).abs().max() > 0.1
 
     ours = load_file(folder / "adapter_model.safetensors")
-    first = load_file(root / f"{kind}-{next(iter(LAYOUTS))}" / "adapter_model.safetensors")
+    first = load_file(root / f"{kind}-{FIRST}" / "adapter_model.safetensors")
     peft.save_pretrained(root / f"{kind}-{layout}-again", save_embedding_layers=False)
     again = load_file(root / f"{kind}-{layout}-again" / "adapter_model.safetensors")
     for others in (first, again):
