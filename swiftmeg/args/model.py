@@ -29,6 +29,8 @@ class PluginArguments:
     """Python files that are run first, e.g. to register datasets."""
     custom_register_path: list[str] = field(default_factory=list)
     """Like --external_plugins."""
+    new_special_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to tokenizer and vocabulary, or .txt files with one per line."""
     model_kwargs: dict[str, object] | None = None
     """Environment variables as JSON; names are written in capitals."""
 

@@ -79,8 +79,6 @@ class PlannedModelArguments(PlannedFlags):
     """Kind of classification."""
     attn_impl: str | None = None
     """Attention of transformers."""
-    new_special_tokens: list[str] = field(default_factory=list)
-    """Tokens to add to the vocabulary."""
     device_map: str | None = None
     """Placement of the Hugging Face model."""
     max_memory: str | None = None
@@ -138,8 +136,6 @@ REASONS = {
     "num_labels": "classifiers are not supported yet",
     "problem_type": "classifiers are not supported yet",
     "attn_impl": "it is a flag of swift infer; in training --attention_backend chooses kernels",
-    "new_special_tokens": "adding tokens is not supported yet: add them to the Hugging Face folder "
-    "with transformers' add_tokens and resize_token_embeddings",
     "device_map": "it is a flag of swift infer; here the parallel sizes place the weights",
     "max_memory": "the parallel sizes place the weights: drop it",
     "local_repo_path": "models come from --model alone: drop it",

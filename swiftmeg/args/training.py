@@ -7,6 +7,7 @@ from swiftmeg import platform
 from swiftmeg.args.architecture import OVERRIDES, with_overrides
 from swiftmeg.args.model import DataArguments
 from swiftmeg.args.moe import complete_experts
+from swiftmeg.args.new_tokens import read_tokens, with_new_tokens
 from swiftmeg.args.parser import parse_flags
 from swiftmeg.args.planned import check_planned
 from swiftmeg.args.plugins import load_plugins
@@ -15,7 +16,10 @@ from swiftmeg.args.tuner import named_by_peft, recorded
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel, read_model
 
-INHERITED = ("model", "torch_dtype", "template", "system", "trust_remote_code", *OVERRIDES)
+INHERITED = (
+    *("model", "torch_dtype", "template", "system", "trust_remote_code", "new_special_tokens"),
+    *OVERRIDES,
+)
 """What a checkpoint's args.json says about the model rather than about the run that wrote it."""
 
 
@@ -62,6 +66,9 @@ def read_named_model(args: Any) -> HFModel:
         trust_remote_code=args.trust_remote_code,
         revision=args.model_revision,
     )
+    if tokens := read_tokens(args.new_special_tokens):
+        model = with_new_tokens(model, tokens)
+        args.new_special_tokens = tokens  # a file may be gone when args.json is read
     return with_overrides(model, args)
 
 
@@ -70,7 +77,7 @@ def read_training_arguments(
 ) -> tuple[Any, dict[str, str], HFModel]:
     """Parse, resolve and complete `argv`; returns the arguments, their sources and the model."""
     args, sources, model = read_command(cls, argv, prog, "load", "adapter_load")
-    args.model = str(model.folder)
+    args.model = model.named
     _choose_dtype(args, sources, model)
     complete_experts(args, sources, model)
     return args, sources, model

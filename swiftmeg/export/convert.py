@@ -67,7 +67,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     target, max_shard_bytes = check_export(args, model)
     if args.torch_dtype is None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
-    args.model, args.output_dir = str(model.folder), str(target)
+    args.model, args.output_dir = model.named, str(target)
     platform.prepare()
     from swiftmeg.export.load import HFSupply
     from swiftmeg.export.model import build_model, check_same_model, save_mcore, saved_arguments

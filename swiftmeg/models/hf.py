@@ -26,8 +26,15 @@ class HFModel:
     trust_remote_code: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values of `hf_config` that the user set in place of config.json's."""
+    source: Path | None = None
+    """The model that this folder was made from, with tokens added."""
     mtp_num_layers: int | None = None
     """Prediction modules that the user wants; None where nothing is said about them."""
+
+    @property
+    def named(self) -> str:
+        """What --model is to say."""
+        return str(self.source or self.folder)
 
     @cached_property
     def config(self) -> HFConfig:

@@ -11,6 +11,7 @@ from typing import Any
 
 from swiftmeg import distributed, platform
 from swiftmeg.args.check import check_training, check_writable, checkpoint_defaults
+from swiftmeg.args.new_tokens import untrained_rows
 from swiftmeg.args.resolve import describe, write_args_file
 from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
@@ -56,6 +57,8 @@ def train(args: Any, sources: dict[str, str], model: HFModel) -> None:
     settle_start(args, note)
     if (end := nothing_left(args, data.train_iters)) and distributed.on_rank_zero():
         print(f"warning: {end}", flush=True)
+    if (warning := untrained_rows(args)) and distributed.on_rank_zero():
+        print(f"warning: {warning}", flush=True)
     folder = next_version(save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():

@@ -52,7 +52,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     max_shard_bytes = parse_size(args.max_shard_size)
     if args.torch_dtype is None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
-    args.model, args.output_dir = str(model.folder), str(target)
+    args.model, args.output_dir = model.named, str(target)
     platform.prepare()
     import torch
 

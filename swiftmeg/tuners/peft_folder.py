@@ -25,19 +25,19 @@ def save_peft(models: list[Any], folder: Path, args: Any, model: HFModel, dims: 
     if adapters is not None:
         unfinished = folder.parent / f".{folder.name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_folder(unfinished, adapters, args, base_folder(args), model)
+        write_folder(unfinished, adapters, args, base_folder(args, model), model)
         write_args_file(unfinished, args, {})
         take_place(unfinished, folder)
     distributed.barrier()
 
 
-def base_folder(args: Any) -> str | None:
+def base_folder(args: Any, model: HFModel) -> str | None:
     """The HF folder whose weights the adapters were trained on; None if only Megatron has them."""
     if args.load is None:
-        return str(args.model)
+        return str(model.folder)
     made = read_args_file(args.load)
     converted = made.get("to_mcore") and not made.get("mcore_adapters") and not made.get("adapters")
-    return str(args.model) if converted else None
+    return str(model.folder) if converted else None
 
 
 def peft_logits(model: Path, folder: Path, ids: Tensor) -> Tensor:

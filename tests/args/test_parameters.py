@@ -248,6 +248,9 @@ SHARED: dict[str, Row] = {
     "model_revision": Refused("v1", "--model_revision v1 needs a hub id, but --model"),
     "external_plugins": Changes(["plugin.py"], environ("FROM_PLUGIN"), "1"),
     "custom_register_path": Changes(["plugin.py"], environ("FROM_PLUGIN"), "1"),
+    "new_special_tokens": Changes(
+        ["<x>"], lambda c: "<x>" in c.model.tokenizer().get_vocab(), True
+    ),
     "model_kwargs": Changes({"from_kwargs": 1}, environ("FROM_KWARGS"), "1"),
     "decoder_first_pipeline_num_layers": Refused(1, "needs --pipeline_model_parallel_size above 1"),
     "decoder_last_pipeline_num_layers": Refused(1, "needs --pipeline_model_parallel_size above 1"),
@@ -490,7 +493,6 @@ PLANNED: dict[str, Row] = {
     "num_labels": Refused(2, "classifiers are not supported yet"),
     "problem_type": Refused("regression", "classifiers are not supported yet"),
     "attn_impl": Refused("sdpa", "in training --attention_backend"),
-    "new_special_tokens": Refused(["<x>"], "resize_token_embeddings"),
     "device_map": Refused("auto", "the parallel sizes place the weights"),
     "max_memory": Refused("1GB", "the parallel sizes place the weights"),
     "local_repo_path": Refused("x", "models come from --model alone"),
