@@ -6,6 +6,9 @@ makes a Qwen3-MoE checkpoint of about 4 GB with random bf16 weights in 1 GB file
 Megatron and back in one process each, compares the bytes, and prints one line a step. Each
 conversion is timed against a copy made just before it. Memory is that of all processes of the
 command, the most that was seen at once. Times end when the disk has everything.
+
+`--processes 1 4` goes to Megatron in one process and back in four with tensor parallelism 4;
+what the processes read is printed.
 """
 
 import argparse
@@ -107,11 +110,17 @@ def resident(session: int) -> tuple[int, int]:
     return anonymous, total
 
 
-def watch(name: str, command: list[str]) -> float:
-    """Run a command; print its peak memory and return its seconds."""
+def watch(name: str, command: list[str], processes: int) -> float:
+    """Run a command; print its peak memory and what it reads, and return its seconds."""
     start, peak, most = time.perf_counter(), 0, 0
     with (Path(command[-1]).parent / f"{name.replace(' ', '-')}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1"},
+        )
         while process.poll() is None:
             anonymous, total = resident(process.pid)
             peak, most = max(peak, anonymous), max(most, total)
@@ -125,6 +134,8 @@ def watch(name: str, command: list[str]) -> float:
         f"{peak / 2**30:.2f} GiB of it backed by no file",
         flush=True,
     )
+    lines = Path(log.name).read_text().splitlines()
+    print(*(f"{name}: {line}" for line in lines if line.startswith("read ")), flush=True)
     return took
 
 
@@ -156,7 +167,9 @@ def same(one: Path, other: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    folder = parser.parse_args().output.absolute()
+    parser.add_argument("--processes", type=int, nargs=2, default=(1, 1), help="there and back")
+    options = parser.parse_args()
+    folder = options.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     model, mcore, back = folder / "model", folder / "mcore", folder / "back"
     if not model.exists():
@@ -170,9 +183,10 @@ def main() -> None:
         "to mcore": ["--to_mcore", "true", "--output_dir", str(mcore)],
         "to hf": ["--to_hf", "true", "--mcore_model", str(mcore), "--output_dir", str(back)],
     }
-    for name, flags in steps.items():
+    for (name, flags), processes in zip(steps.items(), options.processes, strict=True):
         copied = copy(model, folder / "copy")
-        took = watch(name, [*export, *flags])
+        layout = ["--tensor_model_parallel_size", str(processes)]
+        took = watch(name, [*export, *layout, *flags], processes)
         print(f"{name}: {took / copied:.2f} times the copy", flush=True)
     print("the same bytes" if same(model, back) else "NOT THE SAME", flush=True)
 

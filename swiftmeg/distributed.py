@@ -3,6 +3,7 @@
 import os
 import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 
@@ -40,6 +41,13 @@ def barrier() -> None:
     """Wait for every process of the job."""
     device_ids = [platform.device().index] if platform.has_cuda() else None
     torch.distributed.barrier(device_ids=device_ids)
+
+
+def gathered[T](value: T) -> list[T]:
+    """The values that all processes have, in the order of ranks; collective."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def shut_down() -> None:

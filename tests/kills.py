@@ -19,6 +19,11 @@ def die_inside(pattern: str, size: int) -> None:
     """End this process when it writes more than `size` bytes of a file, named by an expression."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_inside(pattern, size)
+
+
+def limit_inside(pattern: str, size: int) -> None:
+    """Let no file become larger once one is opened whose name matches: writing more is an error."""
     writing = os.O_WRONLY | os.O_RDWR
 
     def hook(event: str, args: tuple[Any, ...]) -> None:

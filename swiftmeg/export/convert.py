@@ -1,6 +1,8 @@
 """swift export: whole checkpoints between the two worlds, in any number of processes."""
 
 import contextlib
+import errno
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +16,9 @@ from swiftmeg.checkpoint import UNFINISHED, check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.export.place import take_place
 from swiftmeg.models.hf import HFModel
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file cannot grow."""
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -54,6 +59,11 @@ def check_target(args: Any, name: str) -> Path:
     if target.is_dir() and any(target.iterdir()) and not args.exist_ok:
         raise UserError(
             f"--output_dir {target} is not empty: name another folder or pass --exist_ok true"
+        )
+    if target.is_mount():
+        raise UserError(
+            f"--output_dir {target} is where a file system is mounted, which a complete folder "
+            "cannot replace: name a folder inside"
         )
     return target
 
@@ -120,8 +130,11 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
             compare_logits(models, reference, model.tokenizer(), dims.vocab_size, plan, config)
         if args.to_mcore:
             save_mcore(models, unfinished, weights)
+        read = distributed.gathered(supply.bytes_read)
         if first:
             _write_args(unfinished, args, sources)
+            one = f", at most {max(read) / 1e9:.3f} GB by one process" if len(read) > 1 else ""
+            print(f"read {sum(read) / 1e9:.3f} GB of weights{one}", flush=True)
     distributed.barrier()
     distributed.shut_down()
 
@@ -139,6 +152,13 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
         if first:
             take_place(unfinished, target)
             print(f"written to {target}", flush=True)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"--output_dir {target}: {os.strerror(error.errno)}: nothing is kept; make room or "
+            "name another folder"
+        ) from None
     finally:
         if first:
             shutil.rmtree(unfinished, ignore_errors=True)

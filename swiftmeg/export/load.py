@@ -62,6 +62,11 @@ class HFSupply:
         self._filled.add(row.mcore)
         return shard
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of HF tensors that this rank has read."""
+        return self._weights.bytes_read
+
     def finish(self) -> None:
         """UserError unless all ranks together have taken every row; collective."""
         device = torch.cuda.current_device()

@@ -24,6 +24,10 @@ class Supply(Protocol):
     def shards(self, live: LiveWeight) -> list[torch.Tensor]:
         """All shards of one of this rank's weights, on the CPU, in the order of its group."""
 
+    @property
+    def bytes_read(self) -> int:
+        """How much of the source's files this rank has read."""
+
     def finish(self) -> None:
         """UserError if anything of the source has not been used; collective, after the last."""
 

@@ -43,8 +43,7 @@ class CheckpointSupply:
     """
 
     def __init__(self, models: list[Any], folder: Path) -> None:
-        self.bytes_read = 0
-        """Bytes of the stored pieces that were read."""
+        self._bytes_read = 0
         self._folder = folder / read_iteration(folder)
         self._index = FileSystemReader(self._folder).read_metadata()
         content = dist_checkpointing.load_content_metadata(
@@ -70,6 +69,11 @@ class CheckpointSupply:
         found = {rank: torch.empty_like(live.tensor, device="cpu") for rank in range(live.pieces)}
         self._read(live, found)
         return list(found.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of stored pieces that this rank has read."""
+        return self._bytes_read
 
     def finish(self) -> None:
         """UserError if the checkpoint holds weights that no rank took; collective."""
@@ -143,7 +147,7 @@ class CheckpointSupply:
     def _archive(self, index: MetadataIndex) -> torch.Tensor:
         place = self._index.storage_data[index]
         content = read_entry(self._folder, place)
-        self.bytes_read += place.length
+        self._bytes_read += place.length
         tensor: torch.Tensor = torch.load(content, map_location="cpu", weights_only=True)
         return tensor
 

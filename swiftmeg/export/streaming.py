@@ -41,7 +41,7 @@ class StreamingSave(torch_dist.TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         """Write this rank's shards of `sharded_state_dict`; collective.
 
-        UserError, on every rank, for what the weights' source finds wrong.
+        UserError, on every rank, for what the weights' source finds wrong; OSError likewise.
         """
         entries, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(
             sharded_state_dict, self.keep_only_main_replica
@@ -53,7 +53,7 @@ class StreamingSave(torch_dist.TorchDistSaveShardedStrategy):
                 checkpoint.save(planned, storage_writer=_Writer(checkpoint_dir), planner=planner)
         except CheckpointException as error:
             for cause, _ in error.failures.values():
-                if isinstance(cause, UserError):
+                if isinstance(cause, (UserError, OSError)):
                     raise cause from None
             raise
 
