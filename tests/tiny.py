@@ -20,6 +20,7 @@ from transformers import (
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 CHAT_TEMPLATE = (
@@ -43,6 +44,7 @@ CONFIGS = {
     "llama": LlamaConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "qwen3_next": Qwen3NextConfig,
     "qwen2_moe": Qwen2MoeConfig,
     "deepseek_v3": DeepseekV3Config,
     "ernie4_5_moe": Ernie4_5_MoeConfig,

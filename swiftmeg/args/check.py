@@ -53,11 +53,24 @@ def check_layout(args: Any, model: HFModel) -> int:
         raise UserError(_cannot_split("num_attention_heads", heads, tp))
     if groups % tp and tp % groups:
         raise UserError(_cannot_split("num_key_value_heads", groups, tp))
+    if "linear_attention_freq" in built:
+        _check_linear_attention(built["linear_num_key_heads"], tp, cp)
     has_mlp = built.get("num_experts") is None or "0" in str(built.get("moe_layer_freq", 1))
     if has_mlp and built["ffn_hidden_size"] % tp:
         raise UserError(_cannot_split("intermediate_size", built["ffn_hidden_size"], tp))
     check_pipeline(args, built["num_layers"])
     return world // needed
+
+
+def _check_linear_attention(heads: int, tp: int, cp: int) -> None:
+    """UserError unless every rank gets as many heads of linear attention."""
+    if heads % tp:
+        raise UserError(_cannot_split("linear_num_key_heads", heads, tp))
+    if heads % (tp * cp):
+        raise UserError(
+            f"--tensor_model_parallel_size {tp} x --context_parallel_size {cp} does not divide the "
+            f"model's linear_num_key_heads={heads}: lower one"
+        )
 
 
 def _check_experts(args: Any, built: dict[str, Any], world: int) -> None:

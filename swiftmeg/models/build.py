@@ -50,6 +50,9 @@ def dims_of(args: Any) -> Dims:
         kv_channels=args.kv_channels,
         vocab_size=args.vocab_size,
         padded_vocab_size=args.padded_vocab_size,
+        linear_num_key_heads=args.linear_num_key_heads,
+        linear_num_value_heads=args.linear_num_value_heads,
+        linear_key_head_dim=args.linear_key_head_dim,
     )
 
 

@@ -182,6 +182,9 @@ def is_built(mcore: str, args: dict[str, Any], layer: int) -> bool:
     """Whether a model with these arguments has parameter `mcore` in layer `layer`."""
     if ".mlp." in mcore and _is_expert_layer(mcore, args, layer) == (".mlp.linear_fc" in mcore):
         return False
+    if ".self_attention." in mcore:
+        if _is_linear_layer(mcore, args, layer) != bool(_LINEAR_ATTENTION.fullmatch(mcore)):
+            return False
     for pattern, exists in _OPTIONAL:
         if re.fullmatch(pattern, mcore):
             return bool(exists(args))
@@ -193,6 +196,17 @@ def _is_expert_layer(mcore: str, args: dict[str, Any], layer: int) -> bool:
     if not args.get("num_experts"):
         return False
     return bool(args["moe_layer_freq"][-1 if mcore.startswith("mtp.") else layer])
+
+
+_LINEAR_ATTENTION = re.compile(
+    r".*\.self_attention\.(in_proj|conv1d|dt_bias|A_log|out_norm|out_proj)\b.*"
+)
+
+
+def _is_linear_layer(mcore: str, args: dict[str, Any], layer: int) -> bool:
+    """Whether the layer has a gated delta net; a prediction layer has attention."""
+    pattern = args.get("linear_attention_freq")
+    return bool(pattern and pattern[layer] and not mcore.startswith("mtp."))
 
 
 @dataclass

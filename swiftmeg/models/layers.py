@@ -33,6 +33,7 @@ from swiftmeg import platform
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.choice import choice_of
+from swiftmeg.models.linear_attention import GatedDeltaNet, GatedDeltaNetSubmodules
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
 from swiftmeg.models.native import NativeSpecProvider
@@ -91,6 +92,12 @@ def moe_layers(config: TransformerConfig) -> list[bool]:
     return [bool(entry) for entry in pattern]
 
 
+def linear_layers(config: TransformerConfig) -> list[bool]:
+    """For each layer of the model whether it has a gated delta net in place of attention."""
+    pattern = config.linear_attention_freq
+    return [bool(entry) for entry in pattern or [0] * config.num_layers]
+
+
 def block_spec(
     config: TransformerConfig,
     backend: str,
@@ -100,11 +107,12 @@ def block_spec(
     """The decoder layers of this pipeline stage and the final norm."""
     switches = switches or LayerSwitches()
     provider = _provider(backend)
+    layers = list(zip(moe_layers(config), linear_layers(config), strict=True))
     kinds = {
-        experts: _layer_spec(config, provider, switches, experts=experts)
-        for experts in set(moe_layers(config))
+        (experts, linear): _layer_spec(config, provider, switches, experts=experts, linear=linear)
+        for experts, linear in set(layers)
     }
-    model = [kinds[experts] for experts in moe_layers(config)]
+    model = [kinds[each] for each in layers]
     norm = provider.layer_norm(rms_norm=True, has_residual=False)
     return TransformerBlockSubmodules(
         layer_specs=[model[number] for number in _numbers_here(config, vp_stage)], layer_norm=norm
@@ -118,6 +126,8 @@ def prediction_spec(
     switches: LayerSwitches | None = None,
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The modules that predict further tokens, each around a layer like the decoder's last.
+
+    It has attention, whatever the last one has.
 
     None where this pipeline stage has none of them.
     """
@@ -156,8 +166,11 @@ def _layer_spec(
     switches: LayerSwitches,
     *,
     experts: bool,
+    linear: bool = False,
 ) -> ModuleSpec:
-    """One decoder layer: attention, then a gated MLP or experts, with norms before or after them.
+    """One decoder layer: attention or a gated delta net (`linear`), then a gated MLP or experts.
+
+    Norms stand before or after them.
 
     Checkpoints of both backends are interchangeable: where norms stand alone that
     TransformerEngine fuses into the linear layer behind them, they are stored under the names of
@@ -170,7 +183,8 @@ def _layer_spec(
     latent = config.multi_latent_attention
     fused_norms = {}
     if not latent:
-        fused_norms["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
+        first = "in_proj" if linear else "linear_qkv"
+        fused_norms["input_layernorm."] = f"self_attention.{first}.layer_norm_"
     if not experts:
         fused_norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     after = provider.layer_norm(rms_norm=True, has_residual=False)
@@ -179,7 +193,9 @@ def _layer_spec(
         params={"norm": after} if switches.norm_after else {},
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused and not latent else norm,
-            self_attention=_attention(config, provider, switches),
+            self_attention=(
+                _delta_net(provider) if linear else _attention(config, provider, switches)
+            ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if fused and not experts else norm,
             mlp=_experts(config, provider, switches) if experts else _mlp(provider, switches),
@@ -212,6 +228,17 @@ def _attention(
             linear_proj=row,
             q_layernorm=q_norm,
             k_layernorm=k_norm,
+        ),
+    )
+
+
+def _delta_net(provider: BackendSpecProvider) -> ModuleSpec:
+    fused = provider.column_parallel_layer_norm_linear()
+    return ModuleSpec(
+        module=GatedDeltaNet,
+        submodules=GatedDeltaNetSubmodules(
+            in_proj=fused or provider.column_parallel_linear(),
+            out_proj=provider.row_parallel_linear(),
         ),
     )
 

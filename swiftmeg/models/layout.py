@@ -28,6 +28,9 @@ class Dims:
     vocab_size: int
     """Rows of the HF embedding; Megatron's copy may be longer."""
     padded_vocab_size: int
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
 
 
 class Part(Protocol):
@@ -221,6 +224,60 @@ class InterleavedQKV(Layout):
         return self.join(parts, dataclasses.replace(dims, num_query_groups=groups))
 
 
+class GatedQKV(InterleavedQKV):
+    """The same where the query projection makes a query and a gate for every head: `[q..., gate...,
+    k, v]` a group."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        query, key, value = parts
+        heads = query.unflatten(0, (dims.num_query_groups, -1, 2, dims.kv_channels))
+        return super().join([heads.transpose(1, 2).flatten(0, 3), key, value], dims)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        grouped = whole.unflatten(0, (dims.num_query_groups, -1))
+        rest = grouped.shape[1] - 2 * dims.kv_channels
+        query, key, value = grouped.split([rest, dims.kv_channels, dims.kv_channels], dim=1)
+        heads = query.unflatten(1, (2, -1, dims.kv_channels)).transpose(1, 2)
+        return [heads.flatten(0, 3), key.flatten(0, 1), value.flatten(0, 1)]
+
+
+class DeltaInputs(EvenlyCut):
+    """A gated delta net's two input projections, each in the order of key heads, in that order."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        grouped = [part.unflatten(0, (dims.linear_num_key_heads, -1)) for part in parts]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        grouped = whole.unflatten(0, (dims.linear_num_key_heads, -1))
+        scalars = 2 * dims.linear_num_value_heads // dims.linear_num_key_heads
+        parts = grouped.split([grouped.shape[1] - scalars, scalars], dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+    def join_shard(
+        self, parts: Sequence[Tensor], dims: Dims, axis: int | None, rank: int, size: int
+    ) -> Tensor:
+        heads = dims.linear_num_key_heads // (size if axis == 0 else 1)
+        return self.join(parts, dataclasses.replace(dims, linear_num_key_heads=heads))
+
+
+class DeltaConvolution(Layout):
+    """A gated delta net's channels: all queries, keys, then values, in the order of key heads."""
+
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        (whole,) = parts
+        keys = dims.linear_num_key_heads * dims.linear_key_head_dim
+        kinds = whole.split([keys, keys, whole.shape[0] - 2 * keys])
+        grouped = [kind.unflatten(0, (dims.linear_num_key_heads, -1)) for kind in kinds]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def split(self, whole: Tensor, dims: Dims) -> list[Tensor]:
+        grouped = whole.unflatten(0, (dims.linear_num_key_heads, -1))
+        size = dims.linear_key_head_dim
+        kinds = grouped.split([size, size, grouped.shape[1] - 2 * size], dim=1)
+        return [torch.cat([kind.flatten(0, 1) for kind in kinds])]
+
+
 class Vocabulary(Layout):
     """Embedding or output rows; Megatron's copy ends in zero rows that HF never sees."""
 
@@ -282,6 +339,9 @@ GATE_UP_TOGETHER = StackedTogether(2)
 GATE_UP_COLUMNS = GateUpColumns()
 TRANSPOSED = Transposed()
 QKV = InterleavedQKV()
+GATED_QKV = GatedQKV()
+DELTA_INPUTS = DeltaInputs()
+DELTA_CONVOLUTION = DeltaConvolution()
 VOCABULARY = Vocabulary()
 SWAPPED_HALVES = SwappedHalves()
 ONE_ROW = OneRow()

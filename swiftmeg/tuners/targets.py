@@ -14,7 +14,7 @@ from swiftmeg.tuners.freezing import everywhere
 EMBEDDING = "embedding.word_embeddings"
 HEAD = "output_layer"
 ALL = {
-    "all-linear": re.compile(r"decoder\.layers\.\d+\..*\blinear_\w+"),
+    "all-linear": re.compile(r"decoder\.layers\.\d+\..*\b(linear_\w+|in_proj|out_proj)"),
     "all-embedding": re.compile(re.escape(EMBEDDING)),
     "all-router": re.compile(r"decoder\.layers\.\d+\.mlp\.router"),
 }

@@ -46,7 +46,7 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 0.9,
 }
-TOKENS = 48
+TOKENS = 90
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,22 @@ _V3 = LATENT | {
     "routed_scaling_factor": 1.7,
     "num_nextn_predict_layers": 0,
 }
+
+_NEXT = (
+    HEADS
+    | EXPERTS
+    | {
+        "num_experts": 6,
+        "shared_expert_intermediate_size": 28,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 12,
+        "linear_key_head_dim": 14,
+        "linear_value_head_dim": 10,
+        "partial_rotary_factor": 0.5,
+        "full_attention_interval": 4,
+        "rms_norm_eps": 1e-2,  # else outputs near 0 become large ones with their rounding
+    }
+)
 
 SPECIMENS: dict[str, dict[str, Specimen]] = {
     "LlamaForCausalLM": {
@@ -174,6 +190,22 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
         "qwen3_moe": Specimen(
             "Qwen3MoeConfig",
             HEADS | EXPERTS | {"num_experts": 6, "norm_topk_prob": True, "mlp_only_layers": [2]},
+            experts=True,
+        ),
+    },
+    "Qwen3NextForCausalLM": {
+        "qwen3_next": Specimen("Qwen3NextConfig", _NEXT, experts=True),
+        "qwen3_next-dense": Specimen(
+            "Qwen3NextConfig",
+            _NEXT
+            | {
+                "layer_types": ["full_attention", "linear_attention"] * 2,
+                "num_key_value_heads": 1,
+                "linear_num_value_heads": 4,
+                "linear_conv_kernel_dim": 3,
+                "mlp_only_layers": [0, 3],
+                "norm_topk_prob": False,
+            },
             experts=True,
         ),
     },
@@ -392,16 +424,15 @@ def write_named(folder: Path, name: str) -> None:
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Give every parameter and every stored buffer a random value; norms stay around 1."""
+    """Give every parameter and every stored buffer a random value, norms one near their default."""
     stored = model.state_dict()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name not in stored:
                 continue
             scale = 0.3 if tensor.dim() == 1 or "bias" in name else 1.5 / tensor.shape[-1] ** 0.5
-            tensor.normal_(0.0, scale)
-            if "norm" in name:
-                tensor.add_(1.0)
+            default = float(tensor.float().mean()) if "norm" in name else 0.0
+            tensor.normal_(default, scale)
 
 
 def published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -19,6 +19,7 @@ CONFIGS = Path(__file__).parent / "configs"
 LAYOUTS: dict[str, tuple[Layout, int | None, int | None]] = {
     "Llama-3.1-405B": (Layout(128, tensor=8, pipeline=16), 7, 7),
     "Qwen3-30B-A3B": (Layout(16, tensor=2, pipeline=2, expert=4, expert_tensor=2), None, None),
+    "Qwen3-Next-80B-A3B": (Layout(16, tensor=2, pipeline=2, expert=8, expert_tensor=1), 23, None),
     "Qwen3-235B-A22B": (Layout(64, tensor=4, pipeline=8, expert=8, expert_tensor=1), 11, 11),
     "GLM-4.5": (Layout(128, tensor=4, pipeline=8, expert=16, expert_tensor=1), 10, 10),
     "DeepSeek-V3": (Layout(128, tensor=2, pipeline=8, expert=16, expert_tensor=1), 7, 6),
@@ -127,7 +128,13 @@ def test_every_tensor_and_every_parameter_once(surveys: dict[str, Any], name: st
 
 def test_the_configurations_are_the_published_ones(surveys: dict[str, Any]) -> None:
     """Parameters as their publishers count them, in billions."""
-    published = {"DeepSeek-V3": 671, "Qwen3-235B-A22B": 235, "Llama-3.1-405B": 406, "GLM-4.5": 353}
+    published = {
+        "DeepSeek-V3": 671,
+        "Qwen3-235B-A22B": 235,
+        "Qwen3-Next-80B-A3B": 80,
+        "Llama-3.1-405B": 406,
+        "GLM-4.5": 353,
+    }
     for name, billions in published.items():
         shapes = surveys[name]["expected"].values()
         assert round(sum(torch.Size(shape).numel() for shape in shapes) / 1e9) == billions, name

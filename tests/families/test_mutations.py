@@ -2,15 +2,24 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from swiftmeg.errors import UserError
 from swiftmeg.models.family import Family, HFConfig, Row
-from swiftmeg.models.layout import TRANSPOSED
+from swiftmeg.models.layout import (
+    COPY,
+    TRANSPOSED,
+    DeltaInputs,
+    Dims,
+    GatedQKV,
+    InterleavedQKV,
+)
+from swiftmeg.models.layout import Layout as WeightLayout
 from tests.families.conversion import Layout, difference
 from tests.families.specimens import write_named
 from tests.ranks import run_ranks
@@ -43,12 +52,28 @@ def _args(**wrong: Any) -> Mutation:
     return mutate
 
 
+def _layouts(name: str, layout: WeightLayout) -> Mutation:
+    """Give weights whose name contains `name` another layout."""
+    return _rows(lambda row: dataclasses.replace(row, layout=layout) if name in row.mcore else row)
+
+
 def _swap(old: Row, one: str, other: str) -> Row:
     swapped = {one: other, other: one}
     for word, replacement in swapped.items():
         if old.mcore.endswith(word):
             return dataclasses.replace(old, mcore=old.mcore.replace(word, replacement))
     return old
+
+
+class _QKVTaken(GatedQKV):
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        return InterleavedQKV().join(parts, dims)
+
+
+class _BetaTaken(DeltaInputs):
+    def join(self, parts: Sequence[Tensor], dims: Dims) -> Tensor:
+        scalars = parts[1].unflatten(0, (dims.linear_num_key_heads, 2, -1))
+        return super().join([parts[0], scalars.flip(1).flatten(0, 2)], dims)
 
 
 MUTATIONS: dict[str, tuple[str, Mutation]] = {
@@ -125,6 +150,19 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
                 else row
             )
         ),
+    ),
+    "gate of attention ignored": ("qwen3_next", _args(attention_output_gate=False)),
+    "gates and queries one after the other": ("qwen3_next", _layouts("linear_qkv", _QKVTaken())),
+    "zero-centred norms taken for plain": ("qwen3_next", _args(apply_layernorm_1p=False)),
+    "beta taken for decay": ("qwen3_next", _layouts("in_proj", _BetaTaken())),
+    "channels of the convolution as they are": ("qwen3_next", _layouts("conv1d", COPY)),
+    "decays swapped": (
+        "qwen3_next",
+        _rows(lambda row: _swap(row, "attention.dt_bias", "attention.A_log")),
+    ),
+    "attention in other layers": (
+        "qwen3_next",
+        _args(linear_attention_freq=[1, 0, 1, 1]),
     ),
     "part of RoPE ignored": ("minimax_m2", _args(rotary_percent=1.0)),
     "dense layer taken for experts": ("qwen3_moe", _args(moe_layer_freq=[1, 1, 1, 1])),

@@ -36,6 +36,20 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
     "olmoe": {"num_attention_heads": 4, "num_key_value_heads": 2} | EXPERTS,
+    "qwen3_next": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 10,
+        "linear_value_head_dim": 6,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 28,
+        "rms_norm_eps": 1e-2,
+    }
+    | EXPERTS,
     "mistral": {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 11},
     "deepseek_v3": {
         "num_attention_heads": 4,
@@ -58,8 +72,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 """Norms before and after; across heads, fewer key heads than ranks; with windows and a RoPE for
-each type of layer; across heads with experts; windows; latent attention without experts; sinks,
-windows in every other layer, experts with biases and a clamped gate."""
+each type of layer; across heads with experts; gated delta nets around
+gated attention, with experts; windows; latent attention without experts; sinks, windows in every
+other layer, experts with biases and a clamped gate."""
 
 TENSOR = {"tensor_model_parallel_size": 2}
 SEQUENCE = TENSOR | {"sequence_parallel": "true"}
@@ -73,6 +88,15 @@ LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("olmo2", "tp2"): (2, TENSOR),
     ("olmo3", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
     ("olmoe", "tp2-sp"): (2, SEQUENCE | {"expert_tensor_parallel_size": 1}),
+    ("qwen3_next", "packed"): (1, {}),
+    ("qwen3_next", "padded-ep2"): (2, PADDED | EXPERT | {"micro_batch_size": 2}),
+    ("qwen3_next", "tp2-sp-cp2"): (4, SEQUENCE | CONTEXT),
+    ("qwen3_next", "pp2-cp2-padded"): (
+        4,
+        PADDED
+        | CONTEXT
+        | {"pipeline_model_parallel_size": 2, "decoder_first_pipeline_num_layers": 1},
+    ),
     ("mistral", "cp2"): (2, CONTEXT),
     ("deepseek_v3", "tp2"): (2, TENSOR | {"sequence_parallel": "false"}),
     ("gpt_oss", "packed"): (1, {}),

@@ -20,6 +20,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "mixtral": {"target_modules": ["all-linear", "all-router"], "use_rslora": True},
     # sigmoid scores with a bias, dense layers before those of experts
     "glm4_moe": {"target_modules": ["all-linear"], "modules_to_save": ["router", "output_layer"]},
+    # gated delta nets and gated attention
+    "qwen3_next": {"target_modules": ["all-linear"], "modules_to_save": ["conv1d"]},
     # latent attention
     "deepseek_v3": {"target_modules": ["all-linear", "all-router"]},
     # experts with biases, which have no adapters
