@@ -56,6 +56,8 @@ class TemplateArguments(PromptArguments):
     """Longest sample in tokens. None: the model's max_position_embeddings."""
     truncation_strategy: Literal["delete", "left", "right"] = "delete"
     """What happens to longer samples: drop them, or cut them on one side."""
+    agent_template: str | None = None
+    """How tools are written: hermes, for chat templates that do so. None: as the template says."""
     loss_scale: str | None = None
     """Which tokens are trained: `default` (all assistant turns), `last_round` or `all`; and weights
     of parts of the text, alone or behind one of these: `react`, `last_round+hermes`. See data.md.

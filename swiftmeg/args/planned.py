@@ -55,8 +55,6 @@ class PlannedDataArguments(PlannedFlags):
     """Leave unknown columns of rows behind."""
     padding_side: Literal["right", "left"] = "right"
     """Where rows are padded."""
-    agent_template: str | None = None
-    """How tools are written into the prompt."""
     template_backend: Literal["swift", "jinja"] | None = None
     """Who renders the chat template."""
     response_prefix: str | None = None
@@ -127,7 +125,6 @@ REASONS = {
     "drop it",
     "remove_unused_columns": "rows hold the known columns only: drop it",
     "padding_side": "training pads on the right: use right",
-    "agent_template": "tools are written as the chat template says: drop it",
     "template_backend": "chat templates are jinja in any case: drop it",
     "response_prefix": "it is a flag of swift infer: drop it",
     "model_type": "the family is found by config.json's `architectures`: drop it",

@@ -1,6 +1,7 @@
 """Chat templates that `--template` offers by name, for tokenizers that bring none or a wrong one.
 
-Each is the plain form of its family, without tools. Names follow the model families' own.
+Each is the plain form of its family. ChatML and its kin write tools as Hermes and Qwen2.5 do, the
+others have none. Names follow the model families' own.
 """
 
 # ruff: noqa: RUF001 - DeepSeek writes its tokens with full-width bars.
@@ -24,8 +25,38 @@ class ChatTemplate:
 
 _CHATML = ChatTemplate(
     jinja=(
+        "{%- if tools -%}"
+        "{{ '<|im_start|>system\\n' }}"
+        "{%- if messages[0].role == 'system' -%}{{ messages[0].content + '\\n\\n' }}{%- endif -%}"
+        "{{ '# Tools\\n\\nYou may call one or more functions' }}"
+        "{{ ' to assist with the user query.\\n\\n' }}"
+        "{{ 'You are provided with function signatures within <tools></tools> XML tags:\\n' }}"
+        "{{ '<tools>' }}"
+        "{%- for tool in tools -%}{{ '\\n' + tool | tojson }}{%- endfor -%}"
+        "{{ '\\n</tools>\\n\\nFor each function call, return a json object' }}"
+        "{{ ' with function name and arguments within <tool_call></tool_call> XML tags:\\n' }}"
+        "{{ '<tool_call>\\n' }}"
+        '{{ \'{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>\' }}'
+        "{{ '<|im_end|>\\n' }}"
+        "{%- endif -%}"
         "{%- for message in messages -%}"
+        "{%- if message.role == 'tool' -%}"
+        "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}"
+        "{{ '<|im_start|>user' }}{%- endif -%}"
+        "{{ '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}"
+        "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}"
+        "{{ '<|im_end|>\\n' }}{%- endif -%}"
+        "{%- elif message.tool_calls -%}"
+        "{{ '<|im_start|>' + message.role }}"
+        "{%- if message.content -%}{{ '\\n' + message.content }}{%- endif -%}"
+        "{%- for call in message.tool_calls -%}"
+        '{{ \'\\n<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+        "{{ call.function.arguments | tojson + '}\\n</tool_call>' }}"
+        "{%- endfor -%}"
+        "{{ '<|im_end|>\\n' }}"
+        "{%- elif not (tools and loop.first and message.role == 'system') -%}"
         "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+        "{%- endif -%}"
         "{%- endfor -%}"
         "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
     ),

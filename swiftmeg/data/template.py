@@ -57,6 +57,7 @@ class Template:
         loss_scale: str = "default",
         use_chat_template: bool = True,
         response_prefix: str | None = None,
+        agent_template: str | None = None,
     ) -> None:
         _check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         if max_length is not None and max_length < 2:
@@ -71,6 +72,7 @@ class Template:
         self.chat: ChatTemplate | None = None
         if use_chat_template and name != GENERATION:
             self.chat = _chat_template(tokenizer, name)
+        _check_agent_template(agent_template, self.chat)
         self.system = _read_system(system)
         if self.system is None and self.chat is not None:
             self.system = self.chat.system
@@ -313,6 +315,21 @@ def _plain(messages: list[Message]) -> list[Message]:
 def _check_choice(flag: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise UserError(f"{flag} {value}: unknown; accepted: {', '.join(accepted)}")
+
+
+def _check_agent_template(name: str | None, chat: ChatTemplate | None) -> None:
+    """UserError unless tools are written as `name` says, or nothing is said."""
+    if name is None:
+        return
+    if name != "hermes":
+        raise UserError(
+            f"--agent_template {name}: tools are written as the chat template says: drop it"
+        )
+    if chat is None or "<tool_call>" not in chat.jinja:
+        raise UserError(
+            "--agent_template hermes: the chat template writes no <tool_call>: drop it, or choose "
+            "--template chatml, qwen or qwen2_5"
+        )
 
 
 def _chat_template(tokenizer: Any, name: str | None) -> ChatTemplate:

@@ -96,6 +96,7 @@ def _template_options(args: Any, max_length: int) -> dict[str, Any]:
         "truncation_strategy": args.truncation_strategy,
         "loss_scale": args.loss_scale or "default",
         "use_chat_template": args.use_chat_template is not False,
+        "agent_template": args.agent_template,
     }
 
 

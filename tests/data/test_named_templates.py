@@ -4,6 +4,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 
@@ -117,7 +118,7 @@ def test_a_mutated_template_is_caught(make, name, monkeypatch):
     right = expected(make(REFERENCES[name]), messages)
     end = known.tokens[-1]
     mutations = [
-        known.jinja.replace(end, "", 1),
+        known.jinja.replace(end, ""),
         known.jinja.replace("message.content", "message.content[:3]"),
         known.jinja.replace("for message in messages", "for message in messages[1:]"),
         known.jinja.replace("message.content", "message.content + '.'"),
@@ -132,8 +133,94 @@ def test_a_mutated_template_is_caught(make, name, monkeypatch):
         assert encoded != right
 
 
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": {"q": '查 "x"'}}},
+    {"type": "function", "function": {"name": "add"}},
+]
+TOOLS_TEXT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{"type": "function", "function": {"name": "look", "parameters": {"q": "查 \\"x\\""}}}
+{"type": "function", "function": {"name": "add"}}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+"""
+
+
+def called(name, arguments):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("agent_template", [None, "hermes"])
+@pytest.mark.parametrize("with_tools", [True, False])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_tools_are_written_as_qwen2_5_does(make, name, system, with_tools, agent_template):
+    """Text in the form of Qwen2.5's own template, and all that the model has to write trained."""
+    if "tools" not in CHAT_TEMPLATES[name].jinja:
+        with pytest.raises(UserError, match="--agent_template hermes: the chat template writes no"):
+            Template(make(None), name=name, agent_template="hermes")
+        return
+    call = {"role": "tool_call", "content": '{"name": "look", "arguments": {"q": "啊", "n": 1}}'}
+    found = {"role": "tool_response", "content": "found\nit"}
+    row = {
+        "messages": [
+            *([{"role": "system", "content": system}] if system else []),
+            {"role": "user", "content": "who?"},
+            *({"role": "assistant", "content": "wait"}, call, call, found, found),
+            *(call, found, {"role": "assistant", "content": "me"}),
+            {"role": "user", "content": "and?"},
+            {"role": "assistant", "content": ""},
+        ],
+        "tools": json.dumps(TOOLS) if with_tools else None,
+    }
+    shown = system or CHAT_TEMPLATES[name].system
+    opening = shown or ""
+    if with_tools:
+        opening += ("\n\n" if shown else "") + TOOLS_TEXT
+    elif shown:
+        opening += "<|im_end|>\n"
+    look, answer = (
+        called("look", '{"q": "啊", "n": 1}'),
+        "<tool_response>\nfound\nit\n</tool_response>",
+    )
+    trained = [
+        f"wait\n{look}\n{look}<|im_end|>",
+        f"{look}<|im_end|>",
+        "me<|im_end|>",
+        "<|im_end|>",
+    ]
+    start = "<|im_start|>assistant\n"
+    text = (
+        (f"<|im_start|>system\n{opening}" if opening else "")
+        + f"<|im_start|>user\nwho?<|im_end|>\n{start}{trained[0]}\n"
+        + f"<|im_start|>user\n{answer}\n{answer}<|im_end|>\n{start}{trained[1]}\n"
+        + f"<|im_start|>user\n{answer}<|im_end|>\n{start}{trained[2]}\n"
+        + f"<|im_start|>user\nand?<|im_end|>\n{start}{trained[3]}\n"
+    )
+    tokenizer = make(None)
+    encoded = Template(tokenizer, name=name, agent_template=agent_template).encode(row)
+    assert encoded["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    runs = itertools.groupby(encoded["labels"], key=lambda label: label != -100)
+    assert [tokenizer.decode(list(run)) for is_trained, run in runs if is_trained] == trained
+
+
+def test_other_ways_to_write_tools_are_refused(make, name):
+    with pytest.raises(UserError, match="--agent_template react_en: tools are written as the chat"):
+        Template(make(None), name=name, agent_template="react_en")
+
+
 @pytest.mark.parametrize("what", ["tool calls", "tools"])
 def test_tools_that_a_template_cannot_show_are_not_dropped_in_silence(make, name, what):
+    if "tools" in CHAT_TEMPLATES[name].jinja:
+        return
     call = {"role": "tool_call", "content": '{"name": "look", "arguments": {}}'}
     messages = conversation(1, None)
     row = {"messages": messages, "tools": '[{"type": "function", "function": {"name": "look"}}]'}
