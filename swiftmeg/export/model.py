@@ -17,6 +17,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.export.ondemand import Weights, Whole, fill_all
 from swiftmeg.export.stored import CheckpointSupply
 from swiftmeg.export.streaming import SharedOut, StreamingSave
+from swiftmeg.models.arguments import MODEL_SWITCHES
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel
 
@@ -31,10 +32,41 @@ _SHAPES = (
     "untie_embeddings_and_output_weights",
     "add_qkv_bias",
     "qk_layernorm",
-    "attention_output_bias",
-    "mlp_bias",
 )
-"""Arguments that decide which parameters a model has, and their shapes."""
+"""Arguments that decide which parameters a model has, and their shapes; compared where they are."""
+
+_COMPUTATION = (
+    "multi_latent_attention",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_head_dim",
+    "qk_pos_emb_head_dim",
+    "v_head_dim",
+    "rotary_percent",
+    "rotary_interleaved",
+    "window_size",
+    "window_attn_skip_freq",
+    "softmax_type",
+    "quick_geglu",
+    "activation_func_clamp_value",
+    "glu_linear_offset",
+    "num_experts",
+    "moe_layer_freq",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "mtp_num_layers",
+    *(name for name in MODEL_SWITCHES if name != "router_fp32"),
+)
+"""Arguments that decide what a model computes; compared in swiftmeg's own checkpoints. In others
+the same model may be said in other words."""
 
 
 def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any]]:
@@ -110,13 +142,23 @@ def check_same_model(
 ) -> None:
     """UserError unless `saved`, from the checkpoint that `flag` names, is of a model like this."""
     was, now = [], []
-    for name in _SHAPES:
-        value, wanted = getattr(saved, name, None), getattr(namespace, name)
-        if name == "num_query_groups" and not getattr(saved, "group_query_attention", False):
-            value = None  # Megatron's own default, without a meaning
-        if value is not None and value != wanted:
+
+    def compare(name: str, value: Any) -> None:
+        wanted = getattr(namespace, name)
+        if value != wanted:
             was.append(f"{name}={value}")
             now.append(f"{name}={wanted}")
+
+    for name in _SHAPES:
+        value = getattr(saved, name, None)
+        if name == "num_query_groups" and not getattr(saved, "group_query_attention", False):
+            value = None  # Megatron's own default, without a meaning
+        if value is not None:
+            compare(name, value)
+    if hasattr(saved, "layer_backend"):
+        for name in _COMPUTATION:
+            if hasattr(saved, name):
+                compare(name, getattr(saved, name))
     if was:
         raise UserError(
             f"{flag} {folder} holds a model with {', '.join(was)}, but --model {model.folder} says "
