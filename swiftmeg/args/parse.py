@@ -105,7 +105,7 @@ def layout_attributes(
 ) -> dict[str, Any]:
     """Attributes of the namespace that the model builder reads.
 
-    `accumulate`: TransformerEngine's layers add up weight gradients inside their products.
+    `accumulate`: TransformerEngine's layers and the experts add up weight gradients themselves.
     """
     return {
         "vocab_size": megatron_args["vocab_size"],

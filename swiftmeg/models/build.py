@@ -106,7 +106,7 @@ def model_config(
 
 
 def _accumulate_inside_products(model: GPTModel) -> None:
-    """Let TransformerEngine's linear layers add weight gradients to Megatron's fp32 buffer.
+    """Let TransformerEngine's layers and the experts add weight gradients to Megatron's buffer.
 
     Megatron has one switch for these and for its own layers, which need apex's kernel for it.
     """

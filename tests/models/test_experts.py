@@ -1,6 +1,8 @@
 """The native experts: one product for all, or one after the other."""
 
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from swiftmeg.models.native import experts
 from swiftmeg.models.native.experts import grouped_product
+from tests.matrix.harness import run
+from tests.matrix.rows import Row, write_inputs
 
 ROWS = [3, 0, 5, 1]
 
@@ -40,13 +44,75 @@ def test_every_row_meets_its_expert(kernel: bool, monkeypatch: pytest.MonkeyPatc
     if kernel:
         monkeypatch.setattr(experts, "_grouped_mm", grouped_mm)
         ends = torch.tensor(ROWS).cumsum(0)
-        out = experts._GroupedProduct.apply(x, ends, *weights)
+        out = experts._GroupedProduct.apply(x, ends, False, *weights)
     else:
         out = grouped_product(x, weights, ROWS, fuse=True)
     assert torch.allclose(out, one_by_one(x, weights), atol=1e-6)
     found = torch.autograd.grad(out.square().sum(), [x, *weights])
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_gradients_are_added_to_the_buffers(
+    in_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "_grouped_mm", grouped_mm)
+    monkeypatch.setattr(experts, "_has_kernel", lambda x, weight: True)
+    x, weights = operands()
+    values = torch.stack([weight.detach() for weight in weights])
+    buffer = torch.full_like(values, 2.0)
+    order = range(len(ROWS)) if in_order else reversed(range(len(ROWS)))
+    for weight, place in zip(weights, order, strict=True):
+        weight.data = values[place].copy_(weight.data.clone())
+        weight.main_grad = buffer[place]  # type: ignore[attr-defined]
+        weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    assert (experts.side_by_side(weights) is not None) == in_order
+    loss = one_by_one(x, weights).square().sum()
+    expected = torch.autograd.grad(loss, [x, *weights], materialize_grads=True)
+    out = grouped_product(x, weights, ROWS, fuse=True, accumulate=True)
+    out.square().sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, expected[0], atol=1e-5)
+    for weight, gradient in zip(weights, expected[1:], strict=True):
+        assert torch.allclose(weight.main_grad, gradient + 2.0, atol=1e-5)  # type: ignore[attr-defined]
+        assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+
+
+def with_kernel() -> None:
+    """Take torch's grouped product on CPUs too; weights and buffers must lie in order."""
+    experts._has_kernel = lambda x, weight: True  # type: ignore[assignment]
+    view = experts.side_by_side
+
+    def in_order(tensors: Sequence[Tensor]) -> Tensor:
+        together = view(tensors)
+        assert together is not None
+        return together
+
+    experts.side_by_side = in_order
+
+
+def test_a_job_with_the_kernel_computes_what_the_loop_does(tmp_path: Path) -> None:
+    write_inputs(tmp_path, {"moe"})
+    row = Row("moe", "ep2 dp2", "packed", 2)
+    expected = run(tmp_path, row, "loop", torch_dtype="bfloat16")
+    found = run(tmp_path, row, "kernel", mutate=with_kernel, torch_dtype="bfloat16")
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for key, gradient in expected["gradients"].items():
+        assert torch.equal(found["gradients"][key], gradient), key
+    for one, other in zip(found["lines"], expected["lines"], strict=True):
+        assert one["lm loss"] == other["lm loss"]
+
+
+def test_only_neighbours_in_one_storage_are_taken_together() -> None:
+    whole = torch.arange(24.0).view(4, 2, 3)
+    together = experts.side_by_side(list(whole[1:]))
+    assert together is not None
+    assert torch.equal(together, whole[1:])
+    assert experts.side_by_side([whole[0], whole[2]]) is None
+    assert experts.side_by_side([whole[1], whole[0]]) is None
+    assert experts.side_by_side([whole[0].t(), whole[1].t()]) is None
+    assert experts.side_by_side([torch.zeros(2), torch.zeros(2)]) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

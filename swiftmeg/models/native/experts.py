@@ -1,5 +1,6 @@
 """The linear layers of a rank's experts, computed together."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,14 +28,15 @@ _ALIGNMENT = 16
 class _GroupedProduct(torch.autograd.Function):
     """x @ weight[e].T for the rows of each expert e, in one kernel a direction.
 
-    The kernel wants the weights in one tensor, which lives only while it runs: the graph keeps the
-    parameters themselves.
+    The kernel wants the weights in one tensor: a view where they lie side by side, else a copy that
+    lives only while it runs. The graph keeps the parameters themselves.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ends: Tensor, accumulate: bool, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, ends, *weights)
-        return _grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+        ctx.accumulate = accumulate
+        return _grouped_mm(x, _stacked(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,25 +46,71 @@ class _GroupedProduct(torch.autograd.Function):
         for_x: Tensor | None = None
         for_weights: list[Tensor | None] = [None] * len(weights)
         if ctx.needs_input_grad[0]:
-            for_x = _grouped_mm(grad, torch.stack(weights), offs=ends)
-        if any(ctx.needs_input_grad[2:]):
-            for_weights[:] = _grouped_mm(grad.t(), x, offs=ends).unbind()
-        return for_x, None, *for_weights
+            for_x = _grouped_mm(grad, _stacked(weights), offs=ends)
+        if any(ctx.needs_input_grad[3:]):
+            found = _grouped_mm(grad.t(), x, offs=ends)
+            if ctx.accumulate:
+                _accumulate(weights, found)
+            # Megatron's hooks want gradients also where they are in its buffer already.
+            for_weights[:] = found.unbind()
+        return for_x, None, None, *for_weights
 
 
-def grouped_product(x: Tensor, weights: list[Tensor], rows: list[int], fuse: bool) -> Tensor:
+def side_by_side(tensors: Sequence[Tensor]) -> Tensor | None:
+    """A view [n, *] of n equal contiguous tensors, if they follow each other in one storage."""
+    first = tensors[0]
+    step = first.numel() * first.element_size()
+    starts = [tensor.data_ptr() for tensor in tensors]
+    ends_at = first.storage_offset() + len(tensors) * first.numel()
+    if (
+        not all(tensor.is_contiguous() for tensor in tensors)
+        or starts != list(range(starts[0], starts[0] + len(tensors) * step, step))
+        or ends_at * first.element_size() > first.untyped_storage().nbytes()
+    ):
+        return None
+    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    together = side_by_side(weights)
+    return torch.stack(list(weights)) if together is None else together
+
+
+def _accumulate(weights: Sequence[Any], grads: Tensor) -> None:
+    """Add gradients [experts, out, in] to Megatron's buffers, in one go if these lie in order."""
+    buffers = [weight.main_grad for weight in weights]
+    together = side_by_side(buffers)
+    if together is not None:
+        together.add_(grads)
+    else:
+        for buffer, grad in zip(buffers, grads, strict=True):
+            buffer.add_(grad)
+    for weight in weights:
+        weight.grad_added_to_main_grad = True
+
+
+def grouped_product(
+    x: Tensor, weights: list[Tensor], rows: list[int], fuse: bool, accumulate: bool = False
+) -> Tensor:
     """x [sum(rows), in] times each expert's weight [out, in], expert e's `rows[e]` rows in turn.
 
     Returns [sum(rows), out]. One kernel if `fuse` and where torch has it (bf16 on GPUs), else a
-    loop.
+    loop. With `accumulate` the kernel's weight gradients go into Megatron's buffers, for parameters
+    that have one.
     """
-    aligned = all(size * x.element_size() % _ALIGNMENT == 0 for size in weights[0].shape)
-    if fuse and x.is_cuda and x.dtype == torch.bfloat16 and aligned and x.shape[0] > 0:
+    if fuse and x.shape[0] > 0 and _has_kernel(x, weights[0]):
         ends = torch.tensor(rows, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        ends = ends.pin_memory().to(x.device, non_blocking=True)
-        return _GroupedProduct.apply(x.contiguous(), ends, *weights)
+        if x.is_cuda:
+            ends = ends.pin_memory().to(x.device, non_blocking=True)
+        accumulate = accumulate and hasattr(weights[0], "grad_added_to_main_grad")
+        return _GroupedProduct.apply(x.contiguous(), ends, accumulate, *weights)
     parts = zip(x.split(rows), weights, strict=True)
     return torch.cat([F.linear(part, weight) for part, weight in parts])
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    aligned = all(size * x.element_size() % _ALIGNMENT == 0 for size in weight.shape)
+    return x.is_cuda and x.dtype == torch.bfloat16 and aligned
 
 
 class _Experts(torch.nn.Module):
@@ -94,6 +142,7 @@ class _Experts(torch.nn.Module):
         self.skip_bias_add = skip_bias_add
         self.use_bias = bias
         self.fuse = config.moe_grouped_gemm
+        self.fuse_wgrad_accumulation = False  # as TransformerEngine's linear layers name it
         self.groups = pg_collection
         size = pg_collection.expt_tp.size()
         self.axis = 0 if self.parallel_mode == "column" else 1
@@ -103,11 +152,14 @@ class _Experts(torch.nn.Module):
             config.expert_model_parallel_size == 1
             and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
         )
-        for expert in range(num_gemms):
-            weight = self._parameter(config, shape, cut=self.axis)
-            if config.perform_initialization:
+        weights = [self._parameter(config, shape, cut=self.axis) for _ in range(num_gemms)]
+        if config.perform_initialization:
+            for weight in weights:
                 with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                     init_method(weight)
+        # Megatron lays out its buffers from the last parameter to the first: so the experts lie in
+        # order, and one product needs no copy of them.
+        for expert, weight in reversed(list(enumerate(weights))):
             self.register_parameter(f"weight{expert}", weight)
         for expert in range(num_gemms if bias else 0):
             cut = 0 if self.parallel_mode == "column" else None
@@ -148,7 +200,8 @@ class _Experts(torch.nn.Module):
 
         The experts' biases are added, or returned if `skip_bias_add`.
         """
-        out = grouped_product(x, self._all("weight"), m_splits, self.fuse)
+        weights = self._all("weight")
+        out = grouped_product(x, weights, m_splits, self.fuse, self.fuse_wgrad_accumulation)
         if not self.use_bias:
             return out, None
         if self.skip_bias_add:
