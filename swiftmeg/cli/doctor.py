@@ -100,12 +100,13 @@ def examine() -> list[Finding]:
             else "it is installed, but works with a GPU only",
         ),
         _fp8(gpu and engine),
+        *([_cudnn()] if gpu and engine else []),
         Finding(
             _installed("fused_weight_gradient_mlp_cuda"),
             "apex's weight-gradient kernel",
             "gradients add up inside the product"
             if _installed("fused_weight_gradient_mlp_cuda")
-            else "not there: only TransformerEngine's layers add up gradients inside the product",
+            else "not there: TransformerEngine's layers and experts add them up all the same",
             "none needed: the output layer alone is left",
         ),
         Finding(
@@ -153,6 +154,27 @@ def _fp8(usable: bool) -> Finding:
         "FP8" if able else "no FP8",
         "--fp8_format works" if able else "--fp8_format is refused",
         "use TransformerEngine on a GPU of compute capability 8.9 or more (Ada, Hopper, newer)",
+    )
+
+
+def _cudnn() -> Finding:
+    """TransformerEngine loads the system's cuDNN, even one that is too old for torch."""
+    import torch
+    import transformer_engine.pytorch  # noqa: F401
+
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError:
+        version = None
+    return Finding(
+        version is not None,
+        f"cuDNN {version}" if version else "two versions of cuDNN",
+        "torch and TransformerEngine share it"
+        if version
+        else "TransformerEngine loads one that torch refuses, so native attention of padded "
+        "batches takes a slower kernel",
+        "put torch's own first: export LD_LIBRARY_PATH=$(python -c 'import nvidia.cudnn; "
+        "print(nvidia.cudnn.__path__[0])')/lib:$LD_LIBRARY_PATH",
     )
 
 
