@@ -24,6 +24,7 @@ def apply() -> None:
     """Install the patches that every command needs; calling it again changes nothing."""
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.models.common.embeddings import rope_utils
     from megatron.training import arguments, initialize, training
 
     # The wheel ships helpers_cpp compiled but no Makefile, and compile_helpers() runs `make` and
@@ -41,7 +42,13 @@ def apply() -> None:
     _train_bias_of_frozen_weight()
     _replace_tracker_in_one_step()
     _resume_torch_adam()
-    if not platform.has_cuda():
+    if platform.has_cuda():
+        from swiftmeg.models import rope
+
+        # Goes from sample to sample, with a dozen small kernels for each, and waits for the GPU to
+        # learn how long they are, for queries and keys of every layer. Can go when it does not.
+        rope_utils._apply_rotary_pos_emb_thd = rope.turn_pack
+    else:
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
         original = initialize.initialize_megatron

@@ -18,14 +18,29 @@ def held(borders: Tensor, total: int, rank: int, size: int) -> Tensor:
 
     `borders` [segments + 1] are the segments' first places and, last, `total`.
     """
+    segment, positions = _segments_and_positions(borders, total // size, rank, size)
+    return borders[segment].long() + positions
+
+
+def positions(borders: Tensor, local: int, rank: int, size: int) -> Tensor:
+    """Positions in their segments of the `local` tokens that `rank` of `size` holds: int64 [local].
+
+    `borders` are those of `held`. Nothing waits for the GPU.
+    """
+    return _segments_and_positions(borders, local, rank, size)[1]
+
+
+def _segments_and_positions(
+    borders: Tensor, local: int, rank: int, size: int
+) -> tuple[Tensor, Tensor]:
     starts, lengths = borders[:-1].long(), borders.diff().long()
-    local = total // size
     segment = torch.repeat_interleave(lengths // size, output_size=local)
+    offset = torch.arange(local, device=borders.device) - starts[segment] // size
+    if size == 1:
+        return segment, offset
     chunk = (lengths // (2 * size))[segment]
-    start = starts[segment]
-    offset = torch.arange(local, device=borders.device) - start // size
     late = (2 * size - 2 - rank) * chunk  # added to an offset that is one chunk long already
-    return start + offset + torch.where(offset < chunk, rank * chunk, late)
+    return segment, offset + torch.where(offset < chunk, rank * chunk, late)
 
 
 def cut_batch(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:

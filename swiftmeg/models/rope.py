@@ -7,12 +7,14 @@ makes every scaling of a published config.json mean the same in training and in 
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from swiftmeg.errors import UserError
 from swiftmeg.models import arguments
+from swiftmeg.models.context import positions
 
 
 def rope_types(hf_config: Any) -> dict[str | None, str]:
@@ -22,6 +24,19 @@ def rope_types(hf_config: Any) -> dict[str | None, str]:
     """
     config = hf_config.to_dict()
     return {kind: arguments.rope_type(config, kind) for kind in arguments.ropes(config)}
+
+
+def turn_pack(
+    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: Any, **kwargs: Any
+) -> Tensor:
+    """Turn the heads t [t, heads, d] of all samples of a pack at once.
+
+    Takes the arguments of Megatron's `_apply_rotary_pos_emb_thd`, and does the same without waiting
+    for the GPU: `freqs` [longest, 1, 1, dim] are angles by position in a sample.
+    """
+    places = positions(cu_seqlens, len(t), cp_group.rank(), cp_group.size())
+    turned = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[places], *args, **kwargs)
+    return turned[:, 0]
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):
