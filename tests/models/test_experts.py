@@ -92,6 +92,7 @@ def with_kernel() -> None:
     experts.side_by_side = in_order
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compares processes without GPUs")
 def test_a_job_with_the_kernel_computes_what_the_loop_does(tmp_path: Path) -> None:
     write_inputs(tmp_path, {"moe"})
     row = Row("moe", "ep2 dp2", "packed", 2)
