@@ -63,6 +63,11 @@ rows of one device (other micro-batches, other forms of batches, recomputation, 
 say what a different order alone does, `float32` how far bfloat16 is from the truth. A layout that
 stood out from them would be wrong. Gradients and weights: the norm of the difference of all tensors
 over the norm of all tensors; `worst` is the tensor whose gradient differs most by its own norm.
+
+Every family, with head sizes of fused kernels, is compared with float32 by
+`tests/gpu/test_families.py`: on one H100 and one H200 the first step's gradients of packed rows in
+bfloat16 were 0.8% to 14% away (Mixtral's, 13% on CPUs too), the losses at most 0.4%, with
+TransformerEngine and with native layers alike.
 """
 
 
