@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from swiftmeg.models.family import REGISTRY
 from tests.families.conversion import Layout, build
 from tests.families.specimens import ALL, SPECIMENS
 
@@ -34,9 +35,9 @@ UNREADABLE = {"mimo", "deepseek"}
 
 OTHERS: dict[str, dict[str, Any]] = {
     kind: {"target_modules": ["all-linear", "all-router"] if ALL[kind].experts else ["all-linear"]}
-    for group in SPECIMENS.values()
-    if not group.keys() & (KINDS.keys() | UNREADABLE)
-    for kind in list(group)[:1]
+    for architecture in REGISTRY.families
+    for kind in list(SPECIMENS.get(architecture, (architecture,)))[:1]
+    if not {*SPECIMENS.get(architecture, ())} & (KINDS.keys() | UNREADABLE)
 }
 """A specimen of every other family; these are adapted in the first layout only."""
 
