@@ -47,6 +47,7 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
     megatron = make_namespace(args, model, sizes)
     stages = build_stages(megatron, model.hf_config, tuner_hooks(args))
     megatron.layer_backend = _backend(args)
+    megatron.padded_batches = not (args.padding_free or args.packing)
     for line in report(args, megatron, model, stages, sizes):
         print(line)
 

@@ -33,6 +33,12 @@ def namespace(**changes: Any) -> Any:
         "recompute_num_layers": None,
         "recompute_modules": None,
         "multi_latent_attention": False,
+        "softmax_type": "vanilla",
+        "window_size": None,
+        "context_parallel_size": 1,
+        "padded_batches": False,
+        "micro_batch_size": 1,
+        "seq_length": 500,
         "qk_layernorm": False,
         "layer_backend": "transformer_engine",
         "num_experts": None,
@@ -108,6 +114,20 @@ def test_recomputation_keeps_less() -> None:
     full = [activations(namespace(**uniform, recompute_num_layers=n)) for n in (1, 2)]
     assert core > none  # fused attention keeps nothing to recompute, but then the whole projection
     assert none > mlp > full[0] > full[1]
+
+
+def test_sinks_and_windows_keep_masks() -> None:
+    plain = activations(namespace())
+    # Per token and layer: a mask over 500 keys, as booleans and in bf16, beside queries, keys and
+    # values of 8 heads, with 8 more columns in queries and keys.
+    sinks = 500 * 3 + 2 * 8 * (3 * 8 + 16)
+    assert activations(namespace(softmax_type="learnable")) == plain + 1000 * 4 * sinks
+    window = {"window_size": (8, 0), "context_parallel_size": 2}
+    assert activations(namespace(**window)) == plain  # packed: a kernel that knows windows
+    padded = window | {"padded_batches": True, "micro_batch_size": 2}
+    assert activations(namespace(**padded)) == plain + 1000 * 4 * 500 * 3 / 2
+    core = namespace(**padded, recompute_granularity="selective")
+    assert activations(core) < activations(namespace(**padded))
 
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
