@@ -94,7 +94,7 @@ NEEDS = (
     Needs("fp8_amax_history_len", _is_not(1024), _FP8),
     Needs("fp8_amax_compute_algo", _is_not("max"), _FP8),
     Needs("fp8_param_gather", _is(True), _FP8 | {"use_distributed_optimizer": True}),
-    Needs("streaming", _is(True), {"train_iters": "the most steps to make"}),
+    Needs("streaming", _is(True), {"train_iters": "a number, the most steps to make"}),
     Needs("shuffle_buffer_size", _is_not(1000), {"streaming": True}),
     Needs("packing", _is(True), {"max_length": "the length of a pack"}),
 )  # fmt: skip

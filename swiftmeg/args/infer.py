@@ -80,6 +80,12 @@ class InferenceDataArguments:
     val_dataset: list[str] = field(default_factory=list)
     """Rows to answer instead of a chat: `path` or `[hf::|ms::]id[:subset]`, each with an optional
     `#N` sample. A last assistant turn becomes the label."""
+    external_plugins: list[str] = field(default_factory=list)
+    """Python files that are run first, e.g. to register datasets."""
+    custom_register_path: list[str] = field(default_factory=list)
+    """Like --external_plugins."""
+    custom_dataset_info: list[str] = field(default_factory=list)
+    """JSON files that register datasets."""
     val_dataset_sample: int | None = None
     """Answer only the first N rows."""
     val_dataset_shuffle: bool = False

@@ -15,7 +15,7 @@ def load_plugins(args: Any) -> None:
 
     These are the files of --external_plugins; those of --custom_dataset_info register datasets.
     """
-    for name, value in (args.model_kwargs or {}).items():
+    for name, value in (getattr(args, "model_kwargs", None) or {}).items():
         os.environ[name.upper()] = str(value)
     for flag in ("external_plugins", "custom_register_path"):
         for file in getattr(args, flag):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from swiftmeg.args.infer import InferArguments
 from swiftmeg.args.parser import parse_flags
+from swiftmeg.args.plugins import load_plugins
 from swiftmeg.args.resolve import read_args_file, resolve
 from swiftmeg.args.tuner import named_by_peft
 from swiftmeg.cli.console import start_logging
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
     layer = {name: saved[name] for name in INHERITED if name in saved}
     args, _ = resolve(InferArguments, given, [("args.json", layer)])
     args.check()
+    load_plugins(args)
     _run(args, folder)
 
 

@@ -24,6 +24,7 @@ class StreamedData(TrainingData):
     """One for each part of the model on this rank; all give the same."""
     _left_out: int | None = None
     """Samples that fill no global batch, once the first lane has ended."""
+    _dropped: str = "none"
 
     def batches(self, megatron: Any, shared: dict[str, Any]) -> Iterable[Any]:
         saved, start = self._saved, None
@@ -86,6 +87,7 @@ class StreamedData(TrainingData):
             whole = Rest()
             for each in _gather(left[0]):
                 whole.merge(each)
+            self._dropped = str(whole.drops) or "none"
             for loader in self._loaders:
                 self._left_out = loader.deal(whole)
         if self._loaders[0].has_step():
@@ -99,7 +101,8 @@ class StreamedData(TrainingData):
         if not megatron.iteration:
             raise UserError(
                 f"{flag}: the stream ends before one --global_batch_size "
-                f"{self.args.global_batch_size} is full: lower it, raise --max_epochs, or add data"
+                f"{self.args.global_batch_size} is full ({self._left_out} samples; dropped rows: "
+                f"{self._dropped}): lower it, raise --max_epochs, or add data"
             )
         megatron.train_iters = megatron.iteration
         if distributed.on_rank_zero():

@@ -145,6 +145,28 @@ def test_bad_flags_are_one_clear_error(folder: Path, flags: list[str], message: 
     assert message in str(error.value)
 
 
+def test_datasets_are_registered_by_files(folder: Path, tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"poem": "why", "answer": "so"}) + "\n")
+    entry = {"dataset_path": "rows.jsonl", "dataset_name": "mine", "columns": {"poem": "query"}}
+    (tmp_path / "info.json").write_text(json.dumps([entry]))
+    (tmp_path / "plugin.py").write_text(
+        "from pathlib import Path\n"
+        "from swiftmeg.data.registry import DatasetInfo, Subset, register_dataset\n"
+        "loud = Subset(preprocess=lambda row: {'query': row['poem'].upper()})\n"
+        "path = Path(__file__).with_name('rows.jsonl')\n"
+        "info = DatasetInfo(path=path, subsets={'default': loud})\n"
+        "register_dataset(info, name='loud')\n"
+    )
+    out = tmp_path / "out.jsonl"
+    flags = ["--model", str(folder), *RUN, "--result_path", str(out), "--val_dataset", "mine"]
+    plugins = ["--custom_register_path", str(tmp_path / "plugin.py")]
+    info = ["--custom_dataset_info", str(tmp_path / "info.json")]
+    infer.main([*flags, "loud", *plugins, *info])
+    assert [_said(row) for row in _read(out)] == [[("user", "why")], [("user", "WHY")]]
+    with pytest.raises(UserError, match=r"--external_plugins .*/gone.py: not a Python file"):
+        infer.main([*flags, "--external_plugins", str(tmp_path / "gone.py")])
+
+
 def test_questions_need_no_response(folder: Path, tmp_path: Path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
     asked = [{"query": "hi"}, {"instruction": "say", "input": "yes"}, {"query": "a", "system": "S"}]
