@@ -250,6 +250,10 @@ def _check_fp8(args: Any, model: HFModel) -> None:
         "intermediate_size / TP": built["ffn_hidden_size"] / tp,
         "rows of q, k and v / TP": (heads + 2 * groups) * built["kv_channels"] / tp,
     }
+    if "linear_attention_freq" in built:
+        keys, values = built["linear_num_key_heads"], built["linear_num_value_heads"]
+        rows = keys * built["linear_key_head_dim"] + values * (built["linear_value_head_dim"] + 1)
+        widths["rows of linear attention's inputs / TP"] = 2 * rows / tp
     for name, width in widths.items():
         if width % FP8_MULTIPLE[args.fp8_recipe]:
             raise UserError(

@@ -94,8 +94,8 @@ def moe_layers(config: TransformerConfig) -> list[bool]:
 
 def linear_layers(config: TransformerConfig) -> list[bool]:
     """For each layer of the model whether it has a gated delta net in place of attention."""
-    pattern = config.linear_attention_freq
-    return [bool(entry) for entry in pattern or [0] * config.num_layers]
+    pattern = config.linear_attention_freq or [0] * config.num_layers
+    return [bool(entry) for entry in pattern[: config.num_layers]]  # predictions follow
 
 
 def block_spec(

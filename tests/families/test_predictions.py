@@ -33,6 +33,15 @@ PUBLISHED = {
             "copies": {},
         },
     ),
+    "qwen3_next": (
+        "mtp.",
+        {
+            "norms": ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),
+            "joins": "fc",
+            "copies": {},
+            "layer": "layers.0.",
+        },
+    ),
 }
 """Specimens, and what a module is made of beside a layer like the decoder's last."""
 
@@ -55,7 +64,7 @@ def add_module(folder: Path, name: str) -> None:
     last = f"model.layers.{count - 1}."
     torch.manual_seed(3)
     module = {
-        prefix + key.removeprefix(last): torch.randn_like(tensor)
+        prefix + parts.get("layer", "") + key.removeprefix(last): torch.randn_like(tensor)
         for key, tensor in weights.items()
         if key.startswith(last)
     }
