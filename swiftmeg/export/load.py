@@ -1,5 +1,6 @@
 """Fill a live Megatron model, in whatever layout it has, from a Hugging Face folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.export.ondemand import fill_all
 from swiftmeg.export.parts import StoredPart
 from swiftmeg.export.shards import LiveWeight
-from swiftmeg.export.weights import HFWeights, check_names, listed
+from swiftmeg.export.weights import TIED_HEAD, HFWeights, check_names, listed
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
 
@@ -29,6 +30,7 @@ class HFSupply:
         self._family = family
         self._dims = dims
         self._plan = {each.mcore: each for each in check_names(family, config, weights)}
+        self._is_tied = bool(config.get("tie_word_embeddings"))
         self._filled: set[str] = set()
 
     def fill(self, live: LiveWeight) -> None:
@@ -59,8 +61,26 @@ class HFSupply:
         if shard.shape != live.tensor.shape:
             expected = f"it makes a parameter of {tuple(live.tensor.shape)}"
             raise UserError(_misfit(self._weights.folder, row, parts, expected))
+        self._check_copies(row, shard, place)
         self._filled.add(row.mcore)
         return shard
+
+    def _check_copies(self, row: Row, shard: torch.Tensor, place: Any) -> None:
+        """UserError unless HF tensors that repeat the row's, a tied head's too, have its values."""
+        tied = (TIED_HEAD,) if row.mcore == EMBEDDING and self._is_tied else ()
+        for name in {*row.copies, *tied} & self._weights.names():
+            copy = dataclasses.replace(row, hf=(name,), stack=None)
+            parts = self._weights.parts(copy)
+            try:
+                values = [block.read() for block in row.layout.cut(parts, *place)]
+            except UserError as error:
+                raise UserError(_misfit(self._weights.folder, copy, parts, str(error))) from None
+            if not bool((row.layout.join_shard(values, *place) == shard).all()):
+                reason = "config.json says tie_word_embeddings" if tied else "the model has one"
+                raise UserError(
+                    f"{self._weights.folder}: {name} has other values than {row.hf[0]}, but "
+                    f"{reason}: make the two agree"
+                )
 
     @property
     def bytes_read(self) -> int:

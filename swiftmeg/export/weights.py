@@ -23,6 +23,9 @@ _BASE_MODEL = ("embed_tokens.", "layers.", "norm.")
 """How names begin in a folder that was saved without the head, and so without the prefix."""
 
 
+TIED_HEAD = "lm_head.weight"
+"""What a model's head is called where it is the embedding and stored all the same."""
+
 MAPPED_BYTES = 2**25
 """After how much has been read files are opened anew."""
 
@@ -186,7 +189,7 @@ def check_names(family: Family, config: HFConfig, weights: HFWeights) -> list[Ro
     found = {name for name in weights.names() if not family.is_ignored(name)}
     if config.get("tie_word_embeddings"):
         # Some publishers store the tied head as well; it is the embedding.
-        found -= {"lm_head.weight"}
+        found -= {TIED_HEAD}
     found = _without_predictions(family, config, weights, found)
     wanted: set[str] = set()
     stacks: Counter[str] = Counter()

@@ -109,6 +109,17 @@ def with_a_stranger(weights: Weights) -> Weights:
     return weights | {"model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(3)}
 
 
+def with_another_head(weights: Weights) -> Weights:
+    """A config.json that says tied, beside a head that is not: transformers would untie them."""
+    return weights | {"lm_head.weight": 2 * weights["model.embed_tokens.weight"]}
+
+
+def test_a_head_that_is_not_the_embedding_is_not_tied(root: Path) -> None:
+    folder = derive(root, "qwen2", with_another_head)
+    with pytest.raises(RuntimeError, match="lm_head.weight has other values than .*tie_word_emb"):
+        run_ranks(1, difference, folder, Layout(1))
+
+
 def test_fp8_blocks_are_read_exactly(root: Path) -> None:
     folder = derive(root, "deepseek_v3", quantised, quantization_config=QUANTIZATION)
     stored = weights_of(folder)
