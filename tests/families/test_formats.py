@@ -116,7 +116,7 @@ def with_another_head(weights: Weights) -> Weights:
 
 def test_a_head_that_is_not_the_embedding_is_not_tied(root: Path) -> None:
     folder = derive(root, "qwen2", with_another_head)
-    with pytest.raises(RuntimeError, match="lm_head.weight has other values than .*tie_word_emb"):
+    with pytest.raises(RuntimeError, match="has other values than model"):
         run_ranks(1, difference, folder, Layout(1))
 
 
