@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from swiftmeg.data.formats import MESSAGES
 from swiftmeg.data.readers import strict_object
 from swiftmeg.data.registry import DatasetInfo, Subset, register_dataset
-from swiftmeg.data.rows import RowError
+from swiftmeg.data.rows import Row, RowError
 from swiftmeg.errors import UserError
 
 _DESCRIPTIONS = ("help", "tags", "huge_dataset")
@@ -21,9 +23,43 @@ _KEYS = (
     "subsets",
     "split",
     "columns",
+    "messages",
     *_DESCRIPTIONS,
 )
-_SUBSET_KEYS = ("name", "subset", "columns", "is_weak_subset")
+_SUBSET_KEYS = ("name", "subset", "columns", "messages", "is_weak_subset")
+
+
+@dataclass(frozen=True)
+class MessageNames:
+    """How messages are written in a dataset; a call writes those of a raw row as usual."""
+
+    role_key: str = "role"
+    content_key: str = "content"
+    user_role: str = "user"
+    assistant_role: str = "assistant"
+    system_role: str = "system"
+
+    def __call__(self, row: Row) -> Row:
+        return {
+            column: [self._message(item) for item in value]
+            if column in MESSAGES and isinstance(value, list)
+            else value
+            for column, value in row.items()
+        }
+
+    def _message(self, item: Any) -> Any:
+        if not isinstance(item, dict) or self.role_key not in item:
+            return item
+        roles = {
+            self.user_role: "user",
+            self.assistant_role: "assistant",
+            self.system_role: "system",
+        }
+        role = item[self.role_key]
+        named = {"role": roles.get(role, role) if isinstance(role, str) else role}
+        if self.content_key in item:
+            named["content"] = item[self.content_key]
+        return {k: v for k, v in item.items() if k not in (self.role_key, self.content_key)} | named
 
 
 def register_files(files: Iterable[str]) -> None:
@@ -78,7 +114,11 @@ def _dataset(entry: Any, folder: Path) -> tuple[str | None, DatasetInfo]:
                 f"{key} {entry[key]!r}: must not contain ':' and '#', which --dataset reads as "
                 "the marks of subsets and of a number of rows"
             )
-    subsets = _subsets(entry)
+    names = _message_names(entry)
+    subsets = {
+        key: subset if subset.preprocess else replace(subset, preprocess=names)
+        for key, subset in _subsets(entry).items()
+    }
     splits = _splits(entry)
     path = None
     if written:
@@ -133,7 +173,24 @@ def _subset(value: Any) -> tuple[str, Subset]:
     if not isinstance(weak, bool):
         raise UserError(f"is_weak_subset {_shown(weak)}: accepted: true, false")
     chosen = None if hub_subset == "default" else hub_subset
-    return name, Subset(chosen, weak=weak, columns=_columns(value))
+    names = _message_names(value)
+    return name, Subset(chosen, preprocess=names, weak=weak, columns=_columns(value))
+
+
+def _message_names(entry: Mapping[str, Any]) -> MessageNames | None:
+    value = entry.get("messages")
+    if value is None:
+        return None
+    accepted = [each.name for each in fields(MessageNames)]
+    if (
+        not isinstance(value, dict)
+        or not value.keys() <= set(accepted)
+        or not all(isinstance(word, str) and word for word in value.values())
+    ):
+        raise UserError(
+            f"messages {_shown(value)}: accepted: an object of names for {', '.join(accepted)}"
+        )
+    return MessageNames(**value)
 
 
 def _splits(entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from swiftmeg.data.rows import Row, RowError
 from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.errors import UserError
 
-_MESSAGES = ("messages", "conversation", "conversations")
+MESSAGES = ("messages", "conversation", "conversations")
 _SYSTEM = ("system", "system_prompt")
 _QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = (
@@ -95,7 +95,7 @@ def standard_row(row: Mapping[str, Any], chooser: Chooser, for_training: bool = 
     for column in _MEDIA:
         if row.get(column):
             raise RowError(f"{column} are not supported: only text is trained")
-    conversation = next((name for name in _MESSAGES if row.get(name) is not None), None)
+    conversation = next((name for name in MESSAGES if row.get(name) is not None), None)
     if conversation is not None:
         messages = _messages(row[conversation], conversation)
     else:

@@ -345,8 +345,8 @@ def _chat_template(tokenizer: Any, name: str | None) -> ChatTemplate:
     missing = [token for token in chat.tokens if token not in tokenizer.added_tokens_encoder]
     if missing:
         raise UserError(
-            f"--template {name}: the tokenizer has no token {' '.join(missing)}: add it to "
-            "tokenizer and model with transformers, or choose another template"
+            f"--template {name}: the tokenizer has no token {' '.join(missing)}: add it by "
+            "--new_special_tokens, or choose another template"
         )
     return chat
 

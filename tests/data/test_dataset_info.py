@@ -117,6 +117,30 @@ def test_hub_ids_with_subsets_and_splits(tmp_path, monkeypatch):
     assert answers("hf::me/prose") == ["test"]
 
 
+def test_messages_may_be_written_in_another_way(tmp_path):
+    said = [("ops", "S"), ("customer", "hi"), ("agent", "yo"), ("user", "and?"), ("agent", "no")]
+    dialog = [{"speaker": who, "text": text, "id": 1} for who, text in said]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "rows.jsonl").write_text(json.dumps({"dialog": dialog}) + "\n")
+    names = {"role_key": "speaker", "content_key": "text", "user_role": "customer"}
+    names |= {"assistant_role": "agent", "system_role": "ops"}
+    entry = {"dataset_path": "a", "dataset_name": "mine", "columns": {"dialog": "messages"}}
+    register(tmp_path, {**entry, "messages": names})
+    rows, _ = load_rows(["mine"])
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert rows["messages"][0] == [
+        {"role": role, "content": text} for role, (_, text) in zip(roles, said, strict=True)
+    ]
+    stream = RowStream(["mine"])
+    assert stream.standard(next(stream.epoch(0)))["messages"] == rows["messages"][0]
+    # A subset may have names of its own.
+    subset = {"subset": "a", "messages": {**names, "user_role": "agent", "assistant_role": "user"}}
+    whole = {"dataset_path": ".", "dataset_name": "all-of-it", "columns": {"dialog": "messages"}}
+    register(tmp_path, {**whole, "subsets": [subset], "messages": names}, name="other.json")
+    with pytest.raises(UserError, match="unknown role"):
+        load_rows(["all-of-it:a"])
+
+
 def test_a_file_may_be_named_twice_but_a_name_taken_once(tmp_path):
     write_rows(tmp_path / "rows.jsonl", "1")
     entry = {"dataset_path": "rows.jsonl", "dataset_name": "mine", "columns": COLUMNS}
@@ -146,6 +170,11 @@ def test_a_file_may_be_named_twice_but_a_name_taken_once(tmp_path):
         ('[{"ms_dataset_id": "a/b", "subsets": ["v", "v"]}]', "subsets: v is given twice"),
         ('[{"ms_dataset_id": "a/b", "subsets": ["all"]}]', "subsets: name 'all': cannot"),
         ('[{"ms_dataset_id": "a/b", "subsets": [{"is_weak_subset": 1}]}]', "is_weak_subset 1: "),
+        (
+            '[{"ms_dataset_id": "a/b", "messages": {"rolekey": "x"}}]',
+            "messages .*role_key, content",
+        ),
+        ('[{"ms_dataset_id": "a/b", "messages": {"role_key": 1}}]', "messages .*accepted: an obj"),
         ('[{"ms_dataset_id": "a/b", "split": []}]', r"entry 1: split \[\]: accepted"),
         ('[{"dataset_path": "info.json", "split": "test"}]', "entry 1: split: a dataset_path has"),
         ('[{"dataset_path": "info.json", "subsets": ["v"]}]', "entry 1: subsets: there is no sub"),
