@@ -119,7 +119,7 @@ def watch(name: str, command: list[str], processes: int) -> float:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=os.environ | {"NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1"},
+            env=os.environ | ({"NPROC_PER_NODE": str(processes)} if processes > 1 else {}),
         )
         while process.poll() is None:
             anonymous, total = resident(process.pid)

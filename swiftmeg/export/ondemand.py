@@ -18,6 +18,9 @@ from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
 class Supply(Protocol):
     """Where the values of a model's weights come from."""
 
+    alone: bool
+    """Whether one rank can read what the others of a weight's group hold."""
+
     def fill(self, live: LiveWeight) -> None:
         """Write the values of one of this rank's weights into it."""
 
@@ -68,9 +71,17 @@ class OnDemand:
 
     @torch.no_grad()
     def shards(self, live: LiveWeight, share: Share) -> list[torch.Tensor]:
-        """A weight's shards on the rank that writes it, and none elsewhere: it reads all itself."""
-        self.release()
-        return self._supply.shards(live) if share.writes else []
+        """A weight's shards on the rank that writes it, and none elsewhere.
+
+        That rank reads all of them, where it can; else this is collective, as it is for `Whole`.
+        """
+        if self._supply.alone:
+            self.release()
+            return self._supply.shards(live) if share.writes else []
+        if not share.gathers:
+            return []
+        self.values(live.tensor)
+        return gather_shards(live, share.place)
 
     def release(self) -> None:
         """Take the memory of the weight in use back."""

@@ -68,20 +68,17 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         print(describe(args, sources), flush=True)
     megatron, models = build_model(args, model)
     dims = dims_of(megatron)
-    if args.mcore_adapters:
-        attach_trained(models, adapters, args, model, megatron)
-        if not args.merge_lora:
-            trained = SimpleNamespace(**_training_args(adapters, args))
-            save_peft(models, target, trained, model, dims)
-            if first:
-                print(f"written to {target}", flush=True)
-            distributed.shut_down()
-            return
-        logits, ids, report = _merge(models, model, dims, args.test_convert_precision)
-    else:
-        logits, ids, report = _load_merged(models, adapters, model, dims, args)
-    if first:
-        print(report, flush=True)
+    if not args.merge_lora:
+        check_base(adapters, args, model, megatron)
+        attach_trained(models, adapters, args)
+        trained = SimpleNamespace(**_training_args(adapters, args))
+        save_peft(models, target, trained, model, dims)
+        if first:
+            print(f"written to {target}", flush=True)
+        distributed.shut_down()
+        return
+    merge = _merge_trained if args.mcore_adapters else _merge_folder
+    weights, logits, ids = merge(models, adapters, args, model, megatron)
     with unfinished_folder(target) as unfinished:
         if args.to_hf:
             save_hf(
@@ -94,6 +91,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
                 dtype=megatron.params_dtype,
                 max_shard_bytes=max_shard_bytes,
                 overrides=model.overrides,
+                weights=weights,
             )
         if args.test_convert_precision:
             live = mcore_logits(models, ids, dims.vocab_size) if args.to_mcore else None
@@ -105,31 +103,30 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
                 RELATIVE_BOUND + 10 * torch.finfo(megatron.params_dtype).eps,
             )
         if args.to_mcore:
-            save_mcore(models, unfinished)
+            save_mcore(models, unfinished, weights)
         if first:
             _write_args(unfinished, adapters, args, sources)
     distributed.barrier()
     distributed.shut_down()
 
 
-def attach_trained(
-    models: list[Any], folder: Path, args: Any, model: HFModel, megatron: Any
-) -> None:
-    """Load the weights that a LoRA checkpoint stands beside, then its adapters."""
-    from megatron.core.utils import unwrap_model
-
-    from swiftmeg.export.load import load_hf
-    from swiftmeg.export.model import check_same_model, load_weights, saved_arguments
-    from swiftmeg.models.build import dims_of
-    from swiftmeg.tuners.adapters import attach
+def check_base(folder: Path, args: Any, model: HFModel, megatron: Any) -> None:
+    """UserError unless a LoRA checkpoint, and the weights that it stands beside, are of `model`."""
+    from swiftmeg.export.model import check_same_model, saved_arguments
 
     check_same_model(megatron, saved_arguments(folder), model, "--mcore_adapters", folder)
-    if args.mcore_model is None:
-        load_hf(models, model.folder, model.family, model.config, dims_of(megatron))
-    else:
+    if args.mcore_model is not None:
         base = Path(args.mcore_model)
         check_same_model(megatron, saved_arguments(base), model, "--mcore_model", base)
-        load_weights(models, base)
+
+
+def attach_trained(models: list[Any], folder: Path, args: Any) -> None:
+    """Put the adapters of a LoRA checkpoint beside the weights, which need no values yet."""
+    from megatron.core.utils import unwrap_model
+
+    from swiftmeg.export.model import load_weights
+    from swiftmeg.tuners.adapters import attach
+
     trained: Any = SimpleNamespace(**_training_args(folder, args))
     attach(unwrap_model(models), trained, seed=0)
     load_weights(models, folder)
@@ -141,40 +138,71 @@ def _training_args(folder: Path, args: Any) -> dict[str, Any]:
     return saved | {"load": args.mcore_model, "model": args.model}
 
 
-def _merge(models: list[Any], model: HFModel, dims: Any, test: bool) -> tuple[Any, Any, str]:
-    """Merge live adapters; returns the logits that the model had with them beside its weights."""
+def _merge_trained(
+    models: list[Any], folder: Path, args: Any, model: HFModel, megatron: Any
+) -> tuple[Any, Any, Any]:
+    """The weights with the adapters of a LoRA checkpoint added.
+
+    With --test_convert_precision also logits with adapters beside the weights, and their ids.
+    """
     import torch
     from megatron.core.utils import unwrap_model
 
+    from swiftmeg.export.load import HFSupply
+    from swiftmeg.export.ondemand import OnDemand, Supply, Whole, fill_all
     from swiftmeg.export.precision import mcore_logits, sample_ids
-    from swiftmeg.tuners.merge import merge
+    from swiftmeg.export.stored import CheckpointSupply
+    from swiftmeg.export.weights import HFWeights
+    from swiftmeg.models.build import dims_of
+    from swiftmeg.tuners.merge import Merging, merge
 
-    logits = ids = None
-    if test:
-        ids = sample_ids(model.tokenizer()).to(torch.cuda.current_device())
-        logits = mcore_logits(models, ids, dims.vocab_size)
-    return logits, ids, merge(unwrap_model(models))
+    check_base(folder, args, model, megatron)
+    dims = dims_of(megatron)
+    base: Supply
+    if args.mcore_model is None:
+        hf_weights = HFWeights(model.folder, model.config)
+        base = HFSupply(hf_weights, model.family, model.config, dims)
+    else:
+        base = CheckpointSupply(models, Path(args.mcore_model))
+    if not args.test_convert_precision:
+        attach_trained(models, folder, args)
+        return OnDemand(models, Merging(unwrap_model(models), base)), None, None
+    fill_all(models, base)
+    attach_trained(models, folder, args)
+    ids = sample_ids(model.tokenizer()).to(torch.cuda.current_device())
+    logits = mcore_logits(models, ids, dims.vocab_size)
+    _say(merge(unwrap_model(models)))
+    return Whole(), logits, ids
 
 
-def _load_merged(
-    models: list[Any], folder: Path, model: HFModel, dims: Any, args: Any
-) -> tuple[Any, Any, str]:
-    """Load the HF weights with a PEFT folder merged; returns PEFT's own logits before that."""
+def _merge_folder(
+    models: list[Any], folder: Path, args: Any, model: HFModel, megatron: Any
+) -> tuple[Any, Any, Any]:
+    """The HF weights with a PEFT folder added; with the test also PEFT's own logits, and ids."""
     import torch
 
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.load import HFSupply
+    from swiftmeg.export.ondemand import OnDemand, Whole, fill_all
     from swiftmeg.export.precision import sample_ids
+    from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.merge import MergedWeights
     from swiftmeg.tuners.peft_folder import peft_logits
     from swiftmeg.tuners.peft_format import read_folder
 
-    logits = ids = None
-    if args.test_convert_precision:
-        ids = sample_ids(model.tokenizer()).to(torch.cuda.current_device())
-        logits = peft_logits(model.folder, folder, ids)
-    weights = MergedWeights(model, *read_folder(folder))
-    load_hf(models, model.folder, model.family, model.config, dims, weights)
-    return logits, ids, weights.report()
+    merged = MergedWeights(model, *read_folder(folder))
+    _say(merged.report())
+    supply = HFSupply(merged, model.family, model.config, dims_of(megatron))
+    if not args.test_convert_precision:
+        return OnDemand(models, supply), None, None
+    ids = sample_ids(model.tokenizer()).to(torch.cuda.current_device())
+    logits = peft_logits(model.folder, folder, ids)
+    fill_all(models, supply)
+    return Whole(), logits, ids
+
+
+def _say(line: str) -> None:
+    if distributed.on_rank_zero():
+        print(line, flush=True)
 
 
 def _write_args(folder: Path, adapters: Path, args: Any, sources: dict[str, str]) -> None:

@@ -103,11 +103,39 @@ def convert_and_watch(folder: str, out: str) -> tuple[int, dict[str, int]]:
     return weights, found
 
 
+def merge_and_watch(folder: str, out: str) -> int:
+    """The excess of writing a model with its adapters added."""
+    from swiftmeg.args.tuner import LoraArguments
+    from swiftmeg.export.load import HFSupply
+    from swiftmeg.export.model import build_model
+    from swiftmeg.export.ondemand import OnDemand
+    from swiftmeg.export.save import save_hf
+    from swiftmeg.export.weights import HFWeights
+    from swiftmeg.models.build import dims_of
+    from swiftmeg.models.hf import read_model
+    from swiftmeg.tuners.adapters import attach
+    from swiftmeg.tuners.merge import Merging
+
+    model = read_model(folder)
+    namespace, models = build_model(ARGS, model)
+    common = model.family, model.config, dims_of(namespace)
+    attach(models, LoraArguments(lora_rank=4), seed=0)
+
+    def merge() -> None:
+        base = HFSupply(HFWeights(folder, model.config), *common)
+        weights = OnDemand(models, Merging(models, base))
+        target, dtype = Path(out) / "merged", models[0].config.params_dtype
+        save_hf(models, target, model.folder, *common, dtype=dtype, weights=weights)
+
+    return excess(merge)
+
+
 def test_conversion_holds_one_parameter_at_a_time(tmp_path: Path) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc to see the memory of a process")
     folder = save_model(tmp_path / "model", "llama", **SIZES)
     ((weights, found),) = run_ranks(1, convert_and_watch, str(folder), str(tmp_path))
+    found["merge"] = run_ranks(1, merge_and_watch, str(folder), str(tmp_path))[0]
     # the HF parts, the joined parameter, HF files that are open; modules and freed memory stay
     allowed = 3 * LARGEST + MAPPED_BYTES + 160 * MIB
     assert weights > 1.5 * allowed

@@ -63,12 +63,14 @@ def adapt(root: Path, kind: str, layout: str) -> Any:
 
     `root` has the model; adapters and merged model go to folders beside it.
     """
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.load import HFSupply, load_hf
+    from swiftmeg.export.ondemand import OnDemand
     from swiftmeg.export.precision import mcore_logits
     from swiftmeg.export.save import save_hf
+    from swiftmeg.export.weights import HFWeights
     from swiftmeg.tuners.adapters import attach, attached
     from swiftmeg.tuners.hf_form import fill_adapters
-    from swiftmeg.tuners.merge import merge
+    from swiftmeg.tuners.merge import Merging
     from swiftmeg.tuners.peft_folder import save_peft
     from swiftmeg.tuners.peft_format import read_folder, to_adapters
 
@@ -95,9 +97,11 @@ def adapt(root: Path, kind: str, layout: str) -> Any:
     save_peft(models, root / f"{kind}-{layout}", args, model, dims)
     ids = torch.load(folder / "expected.pt")["ids"]
     logits = mcore_logits(models, ids, dims.vocab_size)
-    merge(models)
+    common = model.family, model.config, dims
+    base = HFSupply(HFWeights(folder, model.config), *common)
+    weights = OnDemand(models, Merging(models, base))
     target = root / f"{kind}-{layout}-merged"
-    save_hf(models, target, folder, model.family, model.config, dims, dtype=torch.float32)
+    save_hf(models, target, folder, *common, dtype=torch.float32, weights=weights)
     return None if logits is None else logits.numpy()
 
 
