@@ -27,6 +27,10 @@ BACKENDS = [
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 64}  # fmt: skip
 
+DELTA_NET = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32,
+             "linear_value_head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}  # fmt: skip
+
 
 def command(program: str, *words: Any) -> str:
     """Run a command in a process of its own; returns what it printed."""
@@ -41,6 +45,7 @@ def command(program: str, *words: Any) -> str:
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
     save_model(folder / "qwen3", "qwen3", dtype=torch.bfloat16, **SIZES)
+    save_model(folder / "qwen3_next", "qwen3_next", dtype=torch.bfloat16, **SIZES | DELTA_NET)
     rows = [
         {
             "messages": [
@@ -54,10 +59,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(work: Path, backend: str, name: str, *flags: Any) -> list[dict[str, Any]]:
+def train(
+    work: Path, backend: str, name: str, *flags: Any, model: str = "qwen3"
+) -> list[dict[str, Any]]:
     folder = work / f"{backend}-{name}"
     command(
-        "megatron", "sft", "--model", work / "qwen3", "--dataset", work / "rows.jsonl",
+        "megatron", "sft", "--model", work / model, "--dataset", work / "rows.jsonl",
         "--micro_batch_size", 4, "--global_batch_size", 16, "--lr", 1e-3,
         "--log_interval", 1, "--num_workers", 0, "--save", folder, "--add_version", "false",
         "--transformer_impl", backend,
@@ -66,14 +73,14 @@ def train(work: Path, backend: str, name: str, *flags: Any) -> list[dict[str, An
     return [json.loads(line) for line in (folder / "logging.jsonl").read_text().splitlines()]
 
 
-def transformers_loss(work: Path) -> float:
+def transformers_loss(work: Path, name: str = "qwen3") -> float:
     """Loss of the untrained model over all rows, in fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from swiftmeg.data.template import Template
 
-    model = AutoModelForCausalLM.from_pretrained(work / "qwen3", dtype=torch.float32).cuda()
-    template = Template(AutoTokenizer.from_pretrained(work / "qwen3"))
+    model = AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32).cuda()
+    template = Template(AutoTokenizer.from_pretrained(work / name))
     total, count = 0.0, 0
     for line in (work / "rows.jsonl").read_text().splitlines():
         encoded = template.encode(json.loads(line))
@@ -93,6 +100,14 @@ def test_bf16_training_starts_at_transformers_loss(
 ) -> None:
     lines = train(work, backend, f"padding-free-{padding_free}", "--padding_free", padding_free)
     expected = transformers_loss(work)
+    assert abs(lines[0]["lm loss"] - expected) <= 1e-2 * expected
+    assert lines[-1]["lm loss"] < 0.9 * lines[0]["lm loss"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gated_delta_nets_start_at_transformers_loss(work: Path, backend: str) -> None:
+    lines = train(work, backend, "delta-net", model="qwen3_next")
+    expected = transformers_loss(work, "qwen3_next")
     assert abs(lines[0]["lm loss"] - expected) <= 1e-2 * expected
     assert lines[-1]["lm loss"] < 0.9 * lines[0]["lm loss"]
 

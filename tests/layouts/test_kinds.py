@@ -89,7 +89,17 @@ LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
     ("olmo3", "tp2-sp-cp2-padded"): (4, SEQUENCE | CONTEXT | PADDED),
     ("olmoe", "tp2-sp"): (2, SEQUENCE | {"expert_tensor_parallel_size": 1}),
     ("qwen3_next", "packed"): (1, {}),
-    ("qwen3_next", "padded-ep2"): (2, PADDED | EXPERT | {"micro_batch_size": 2}),
+    ("qwen3_next", "padded-ep2-full-recompute"): (
+        2,
+        PADDED
+        | EXPERT
+        | {
+            "micro_batch_size": 2,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
+    ),
     ("qwen3_next", "tp2-sp-cp2"): (4, SEQUENCE | CONTEXT),
     ("qwen3_next", "pp2-cp2-padded"): (
         4,
