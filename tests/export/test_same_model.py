@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.families.conversion import Layout, arguments
-from tests.families.specimens import write_named
+from tests.families.folders import write_named
 from tests.ranks import run_ranks
 
 DIFFER = {

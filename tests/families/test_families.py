@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.families.conversion import Layout, convert_all
-from tests.families.specimens import ALL, weights_of, write_named
+from tests.families.folders import weights_of, write_named
+from tests.families.specimens import ALL
 from tests.ranks import run_ranks
 
 LAYOUTS = {

@@ -19,7 +19,8 @@ from swiftmeg.export.fp8 import dequantise
 from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build, difference
-from tests.families.specimens import ALL, weights_of, write, write_named
+from tests.families.folders import weights_of, write, write_named
+from tests.families.specimens import ALL
 from tests.ranks import run_ranks
 
 Weights = dict[str, torch.Tensor]

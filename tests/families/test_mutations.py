@@ -21,7 +21,7 @@ from swiftmeg.models.layout import (
 )
 from swiftmeg.models.layout import Layout as WeightLayout
 from tests.families.conversion import Layout, difference
-from tests.families.specimens import write_named
+from tests.families.folders import write_named
 from tests.ranks import run_ranks
 
 Mutation = Callable[[Family], Family]

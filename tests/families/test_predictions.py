@@ -11,7 +11,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.export.weights import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build
-from tests.families.specimens import weights_of, write_named
+from tests.families.folders import weights_of, write_named
 from tests.ranks import run_ranks
 
 AFTER_THE_DECODER = {

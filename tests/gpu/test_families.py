@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import specimens
+from tests.families import folders, specimens
 from tests.gpu.matrix import LATENT, SIZES, norm
 from tests.matrix.harness import run
 from tests.matrix.rows import EXPERTS, Row, write_inputs
@@ -46,7 +46,7 @@ def write_model(folder: Path, name: str) -> None:
         sizes["q_lora_rank"] = None
     sizes |= {key: 64 for key in sizes if key.endswith("expert_intermediate_size")}
     sizes |= {key: 64 for key in sizes if key == "moe_intermediate_size"}
-    specimens.write(folder / name, replace(specimen, sizes=sizes), seed=7)
+    folders.write(folder / name, replace(specimen, sizes=sizes), seed=7)
     save_tokenizer(folder / name, sizes["vocab_size"])
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.families.specimens import ALL, write_named
+from tests.families.folders import write_named
+from tests.families.specimens import ALL
 from tests.ranks import run_ranks
 from tests.tuners.kinds import KINDS, LAYOUTS, OTHERS, adapt_all
 
