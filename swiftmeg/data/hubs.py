@@ -28,10 +28,11 @@ def load_from_hub(
         return load(dataset_id, subset, split, token, mode, streaming)
     except Exception as error:  # the hubs raise all kinds, from ImportError to OSError
         lines = str(error).strip().splitlines() or ["no message"]
+        part = f"its subset {subset!r} and split" if subset else "its split"
         other = "leave out --use_hf" if use_hf else "pass --use_hf true"
         raise UserError(
             f"--dataset {dataset_id}: cannot be loaded from {hub} "
-            f"({type(error).__name__}: {lines[0]}): check the id, its subset {subset!r} and split "
+            f"({type(error).__name__}: {lines[0]}): check the id, {part} "
             f"{split!r}, the network and --hub_token, or {other} for the other hub; a local "
             "file or folder can be given instead"
         ) from error
