@@ -12,6 +12,10 @@ from tests.families.specimens import ALL
 from tests.ranks import run_ranks
 from tests.tuners.kinds import KINDS, LAYOUTS, OTHERS, adapt_all
 
+BOUND = 3e-5
+"""Norm of the difference of all logits over that of the logits. PEFT's own in fp32 are 5e-6 from
+those in fp64 where the models are worst; single logits of theirs differ by 2e-4."""
+
 FIRST = next(iter(LAYOUTS))
 CASES = [
     (kind, layout)
@@ -48,6 +52,10 @@ def hf_logits(model: Any, root: Path, kind: str) -> torch.Tensor:
     return found
 
 
+def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 def read(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -63,9 +71,9 @@ def test_peft_and_the_merged_model_compute_the_same(
     found = logits[kind, layout]
     folder = root / f"{kind}-{layout}"
     peft = PeftModel.from_pretrained(read(root / kind), folder)
-    assert (found - hf_logits(peft, root, kind)).abs().max() <= 1e-4
+    assert gap(found, hf_logits(peft, root, kind)) <= BOUND
     merged = read(root / f"{kind}-{layout}-merged")
-    assert (found - hf_logits(merged, root, kind)).abs().max() <= 1e-4
+    assert gap(found, hf_logits(merged, root, kind)) <= BOUND
     assert (found - torch.load(root / kind / "expected.pt")["logits"]).abs().max() > 0.1
 
     ours = load_file(folder / "adapter_model.safetensors")
