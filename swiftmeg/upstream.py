@@ -24,7 +24,6 @@ def apply() -> None:
     """Install the patches that every command needs; calling it again changes nothing."""
     from megatron.core.datasets import utils as dataset_utils
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.models.common.embeddings import rope_utils
     from megatron.training import arguments, initialize, training
 
     # The wheel ships helpers_cpp compiled but no Makefile, and compile_helpers() runs `make` and
@@ -42,13 +41,7 @@ def apply() -> None:
     _train_bias_of_frozen_weight()
     _replace_tracker_in_one_step()
     _resume_torch_adam()
-    if platform.has_cuda():
-        from swiftmeg.models import rope
-
-        # Goes from sample to sample, with a dozen small kernels for each, and waits for the GPU to
-        # learn how long they are, for queries and keys of every layer. Can go when it does not.
-        rope_utils._apply_rotary_pos_emb_thd = rope.turn_pack
-    else:
+    if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
         original = initialize.initialize_megatron
@@ -182,6 +175,19 @@ def build_predictions(spec: Callable[[Any, int | None], Any]) -> None:
     from megatron.training.models import gpt
 
     gpt.mtp_block_spec = lambda config, layers, vp_stage=None: spec(config, vp_stage)
+
+
+def turn_packs(turn: Callable[..., torch.Tensor]) -> None:
+    """Apply rotary embeddings to the heads of a pack with `turn`, where there is a GPU.
+
+    Megatron goes from sample to sample, with a dozen small kernels for each, and waits for the GPU
+    to learn how long they are, for queries and keys of every layer. Can go when it does not. On
+    CPUs that is faster than all samples at once.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    if platform.has_cuda():
+        rope_utils._apply_rotary_pos_emb_thd = turn
 
 
 def attach_prediction_losses(attach: Callable[..., Any]) -> None:

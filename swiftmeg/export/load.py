@@ -25,8 +25,6 @@ class HFSupply:
     and for Megatron parameters without a source.
     """
 
-    alone = True
-
     def __init__(self, weights: HFWeights, family: Family, config: HFConfig, dims: Dims) -> None:
         self._weights = weights
         self._family = family

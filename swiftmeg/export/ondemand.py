@@ -7,7 +7,7 @@ what was allocated when it is first touched.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,14 +18,8 @@ from swiftmeg.export.shards import LiveWeight, gather_shards, live_weights
 class Supply(Protocol):
     """Where the values of a model's weights come from."""
 
-    alone: bool
-    """Whether one rank can read what the others of a weight's group hold."""
-
     def fill(self, live: LiveWeight) -> None:
         """Write the values of one of this rank's weights into it."""
-
-    def shards(self, live: LiveWeight) -> list[torch.Tensor]:
-        """All shards of one of this rank's weights, on the CPU, in the order of its group."""
 
     @property
     def bytes_read(self) -> int:
@@ -33,6 +27,14 @@ class Supply(Protocol):
 
     def finish(self) -> None:
         """UserError if anything of the source has not been used; collective, after the last."""
+
+
+@runtime_checkable
+class WholeSupply(Supply, Protocol):
+    """A source of which one rank can read what the others of a weight's group hold."""
+
+    def shards(self, live: LiveWeight) -> list[torch.Tensor]:
+        """All shards of one of this rank's weights, on the CPU, in the order of its group."""
 
 
 @torch.no_grad()
@@ -75,7 +77,7 @@ class OnDemand:
 
         That rank reads all of them, where it can; else this is collective, as it is for `Whole`.
         """
-        if self._supply.alone:
+        if isinstance(self._supply, WholeSupply):
             self.release()
             return self._supply.shards(live) if share.writes else []
         if not share.gathers:

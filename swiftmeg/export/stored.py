@@ -42,8 +42,6 @@ class CheckpointSupply:
     what a single weight needs, checks it against its checksum and writes it into the weight.
     """
 
-    alone = True
-
     def __init__(self, models: list[Any], folder: Path) -> None:
         self._bytes_read = 0
         self._folder = folder / read_iteration(folder)

@@ -22,6 +22,7 @@ from swiftmeg.models.rope import (
     ScaledRotaryEmbedding,
     TypedRotaryEmbedding,
     rope_types,
+    turn_pack,
 )
 
 ModelHook = Callable[[list[GPTModel]], list[GPTModel]]
@@ -100,6 +101,7 @@ def model_config(
     config.transformer_layer_spec = spec
     upstream.build_predictions(predictions)
     upstream.attach_prediction_losses(attach_prediction_losses)
+    upstream.turn_packs(turn_pack)
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]
     config.post_wrap_hooks = list(post_wrap_hooks or [])
     return config

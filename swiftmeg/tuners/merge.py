@@ -46,10 +46,8 @@ def merge(models: list[Any]) -> str:
 class Merging:
     """The weights of another supply with adapters added, each when it is asked for.
 
-    Merges, checks and refuses as `merge` does.
+    Merges, checks and refuses as `merge` does. Adapters are cut, so no rank knows others' shards.
     """
-
-    alone = False
 
     def __init__(self, models: list[Any], base: Supply) -> None:
         """`models` hold trained adapters, which are taken away; `base` was made before them."""
@@ -77,10 +75,6 @@ class Merging:
         elif key in self._beside:
             name, each, a, b = self._beside[key]
             self._results[name] = _add(each, live.tensor, a, b)
-
-    def shards(self, live: LiveWeight) -> list[Tensor]:
-        """Not known: this rank has its own part of the adapters."""
-        raise NotImplementedError(live.name)
 
     @property
     def bytes_read(self) -> int:

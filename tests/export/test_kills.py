@@ -2,7 +2,9 @@
 
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,31 @@ def to_hf(checkpoint: Path, target: Path) -> list[str]:
     return [*words, "--max_shard_size", "300KB"]
 
 
+Point = tuple[int, str, int]
+"""Processes, the file in which one of them dies, and its size at that moment."""
+
+
+def die_and_do_it_again(
+    old: Path, target: Path, point: Point, words: list[str], read: Callable[[Path], Any]
+) -> None:
+    """A conversion over `old` dies at `point`, leaves it as it was, and succeeds when repeated."""
+    shutil.copytree(old, target)
+    before = snapshot(target)
+    world, file, size = point
+    command = [*words, "--exist_ok", "true"]
+    codes = exit_codes(world, work_and_die, file, size, convert, command)
+    assert codes.count(-signal.SIGXFSZ) == 1, codes
+    assert None not in codes, f"hangs: {codes}"
+    assert snapshot(target) == before
+    read(target)
+    if world == 1:  # of several, those that live on have removed it
+        with pytest.raises(UserError, match=r"\.target\.unfinished: .*was not completed"):
+            read(target.with_name(".target.unfinished"))
+    run_ranks(1, convert, command)
+    assert [entry.name for entry in target.parent.iterdir()] == ["target"]
+    assert snapshot(target) != before
+
+
 MCORE_POINTS = [
     (1, r"__0_0\.distcp$", 100_000),
     (1, r"/\.metadata", 100),
@@ -44,25 +71,17 @@ MCORE_POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "file", "size"), MCORE_POINTS)
-def test_killed_on_the_way_to_megatron(
-    work: Path, tmp_path: Path, world: int, file: str, size: int
-) -> None:
+@pytest.mark.parametrize("point", MCORE_POINTS, ids=str)
+def test_killed_on_the_way_to_megatron(work: Path, tmp_path: Path, point: Point) -> None:
     target = tmp_path / "target"
-    shutil.copytree(work / "old-mcore", target)
-    before = snapshot(target)
-    command = [*to_mcore(work / "new", target), "--exist_ok", "true"]
-    codes = exit_codes(world, work_and_die, file, size, convert, command)
-    assert codes.count(-signal.SIGXFSZ) == 1, codes
-    assert None not in codes, f"hangs: {codes}"
-    assert snapshot(target) == before
-    check_checkpoint("--mcore_model", str(target))
-    if world == 1:  # of several, those that live on have removed it
-        with pytest.raises(UserError, match=r"\.target\.unfinished: .*was not completed"):
-            check_checkpoint("--mcore_model", str(tmp_path / ".target.unfinished"))
-    run_ranks(1, convert, command)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
-    assert snapshot(target) != before
+    words = to_mcore(work / "new", target)
+    die_and_do_it_again(
+        work / "old-mcore",
+        target,
+        point,
+        words,
+        lambda f: check_checkpoint("--mcore_model", str(f)),
+    )
 
 
 HF_POINTS = [
@@ -72,21 +91,8 @@ HF_POINTS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "file", "size"), HF_POINTS)
-def test_killed_on_the_way_to_hugging_face(
-    work: Path, tmp_path: Path, world: int, file: str, size: int
-) -> None:
+@pytest.mark.parametrize("point", HF_POINTS, ids=str)
+def test_killed_on_the_way_to_hugging_face(work: Path, tmp_path: Path, point: Point) -> None:
     target = tmp_path / "target"
-    shutil.copytree(work / "old", target)
-    before = snapshot(target)
-    command = [*to_hf(work / "new-mcore", target), "--exist_ok", "true"]
-    codes = exit_codes(world, work_and_die, file, size, convert, command)
-    assert codes.count(-signal.SIGXFSZ) == 1, codes
-    assert None not in codes, f"hangs: {codes}"
-    assert snapshot(target) == before
-    if world == 1:
-        with pytest.raises(UserError, match=r"\.target\.unfinished: .*was not completed"):
-            read_model(str(tmp_path / ".target.unfinished"))
-    run_ranks(1, convert, command)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["target"]
-    assert snapshot(target) != before
+    words = to_hf(work / "new-mcore", target)
+    die_and_do_it_again(work / "old", target, point, words, lambda f: read_model(str(f)))

@@ -16,7 +16,7 @@ import torch
 
 from tests.families import folders, specimens
 from tests.gpu.matrix import LATENT, SIZES, norm
-from tests.matrix.harness import run
+from tests.matrix.harness import check_trained, run
 from tests.matrix.rows import EXPERTS, Row, write_inputs
 from tests.tiny import save_tokenizer
 
@@ -89,6 +89,7 @@ def test_bf16_has_the_gradients_of_fp32(
     started: dict[tuple[str, str], Any], name: str, backend: str
 ) -> None:
     expected, found = started[name, "float32"].result(), started[name, backend].result()
+    assert not [fault for fault in check_trained(expected) if "no gradient" not in fault]
     ours, theirs = found["gradients"], expected["gradients"]
     assert ours.keys() == theirs.keys()
     gap = norm([ours[key].double() - theirs[key].double() for key in theirs])

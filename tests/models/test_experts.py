@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swiftmeg.models.native import experts
 from swiftmeg.models.native.experts import grouped_product
-from tests.matrix.harness import run
+from tests.matrix.harness import check_trained, run
 from tests.matrix.rows import Row, write_inputs
 
 ROWS = [3, 0, 5, 1]
@@ -98,6 +98,7 @@ def test_a_job_with_the_kernel_computes_what_the_loop_does(tmp_path: Path) -> No
     row = Row("moe", "ep2 dp2", "packed", 2)
     expected = run(tmp_path, row, "loop", torch_dtype="bfloat16")
     found = run(tmp_path, row, "kernel", mutate=with_kernel, torch_dtype="bfloat16")
+    assert check_trained(expected) == []
     assert found["gradients"].keys() == expected["gradients"].keys()
     for key, gradient in expected["gradients"].items():
         assert torch.equal(found["gradients"][key], gradient), key
