@@ -34,11 +34,11 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     from swiftmeg.data.collate import Collator
-    from swiftmeg.data.encode import encode_rows
+    from swiftmeg.data.encoded.encode import encode_rows
+    from swiftmeg.data.encoded.packing import PackedDataset
     from swiftmeg.data.loader import BatchLoader
-    from swiftmeg.data.packing import PackedDataset
-    from swiftmeg.data.sources import load_rows
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.sources.load import load_rows
+    from swiftmeg.data.template.template import Template
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     template = Template(tokenizer, max_length=2048)

@@ -53,7 +53,7 @@ def growth(argv: list[str]) -> float:
     from megatron.training import training
 
     from swiftmeg.args.commands import SftArguments
-    from swiftmeg.args.training import read_training_arguments
+    from swiftmeg.args.read import read_training_arguments
     from swiftmeg.trainers.run import train
 
     before: list[float] = []

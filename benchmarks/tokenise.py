@@ -63,9 +63,9 @@ def run(name: str, work: Path, tokenizer_folder: str, processes: int) -> dict[st
     from datasets import Dataset, disable_caching
     from transformers import AutoTokenizer
 
-    from swiftmeg.data.encode import encode_rows
-    from swiftmeg.data.sources import load_rows
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.encoded.encode import encode_rows
+    from swiftmeg.data.sources.load import load_rows
+    from swiftmeg.data.template.template import Template
 
     disable_caching()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)

@@ -5,4 +5,4 @@ import torch
 torch.set_num_threads(1)
 
 from swiftmeg import upstream  # noqa: E402, F401
-from swiftmeg.data import sources  # noqa: E402, F401
+from swiftmeg.data.sources import load  # noqa: E402, F401

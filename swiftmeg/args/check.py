@@ -6,9 +6,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from swiftmeg.args.combinations import check_combinations, check_machine
 from swiftmeg.args.pipeline import check_interleaving, check_pipeline
 from swiftmeg.args.resolve import read_args_file, world_size
+from swiftmeg.args.rules import check_combinations, check_machine
 from swiftmeg.checkpoint import check_checkpoint, find_start, is_empty
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel

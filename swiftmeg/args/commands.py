@@ -20,11 +20,11 @@ from swiftmeg.args.moe import (
     PredictionArguments,
     PredictionLossArguments,
 )
-from swiftmeg.args.planned import (
+from swiftmeg.args.tuner import FreezingArguments, LoraArguments
+from swiftmeg.args.unsupported import (
     PlannedArguments,
     PlannedModelArguments,
 )
-from swiftmeg.args.tuner import FreezingArguments, LoraArguments
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from swiftmeg.args.aliases import NEGATED, aliases_of
 from swiftmeg.args.commands import ExportArguments, PtArguments, SftArguments
-from swiftmeg.args.parser import field_docs
-from swiftmeg.args.planned import default_of, planned_flags, refusal
+from swiftmeg.args.flags import field_docs
+from swiftmeg.args.unsupported import default_of, planned_flags, refusal
 
 HEAD = """\
 # Parameters

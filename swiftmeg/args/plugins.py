@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from swiftmeg.data.dataset_info import register_files
+from swiftmeg.data.sources.dataset_info import register_files
 from swiftmeg.errors import UserError
 
 

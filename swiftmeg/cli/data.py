@@ -7,7 +7,7 @@ from typing import Any
 
 from swiftmeg.args.check import check_writable
 from swiftmeg.args.commands import PrepareArguments
-from swiftmeg.args.training import read_training_arguments
+from swiftmeg.args.read import read_training_arguments
 from swiftmeg.cli.console import start_logging
 from swiftmeg.errors import UserError
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 def _prepare(args: Any, model: Any, picture: Path) -> None:
     # After the flags have been checked: these take seconds to import.
-    from swiftmeg.data.inspection import draw_lengths, report
+    from swiftmeg.data.encoded.inspection import draw_lengths, report
     from swiftmeg.trainers.data import prepare_data, prepare_pairs
 
     packing, args.packing, args.lazy_tokenize = args.packing, False, False
@@ -61,7 +61,7 @@ def _prepare(args: Any, model: Any, picture: Path) -> None:
 
 def _show(rows: Any, count: int, tokenizer: Any) -> None:
     """Print the first rows, or both sides of the first pairs."""
-    from swiftmeg.data.inspection import marked_text, trained_share
+    from swiftmeg.data.encoded.inspection import marked_text, trained_share
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for index in range(count):

@@ -1,7 +1,7 @@
 """swift export."""
 
 from swiftmeg.args.commands import ExportArguments
-from swiftmeg.args.training import read_command
+from swiftmeg.args.read import read_command
 from swiftmeg.cli.console import start_logging
 from swiftmeg.export.convert import convert
 from swiftmeg.tuners.convert import convert as convert_adapters

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from swiftmeg.args.flags import parse_flags
 from swiftmeg.args.infer import InferArguments
-from swiftmeg.args.parser import parse_flags
 from swiftmeg.args.plugins import load_plugins
 from swiftmeg.args.resolve import read_args_file, resolve
 from swiftmeg.args.tuner import named_by_peft
@@ -35,10 +35,10 @@ def main(argv: list[str]) -> None:
 
 def _run(args: InferArguments, folder: Path) -> None:
     # After the flags have been checked: transformers takes seconds to import.
+    from swiftmeg.inference.answers import answer_rows, read_rows
     from swiftmeg.inference.chat import chat
     from swiftmeg.inference.engine import Engine
     from swiftmeg.inference.results import ResultFile
-    from swiftmeg.inference.rows import answer_rows, read_rows
 
     rows = read_rows(args) if args.val_dataset else None
     results = ResultFile(Path(args.result_path or ResultFile.default_path(folder)))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from swiftmeg.args.commands import SftArguments
-from swiftmeg.args.training import read_training_arguments
+from swiftmeg.args.read import read_training_arguments
 from swiftmeg.cli.console import start_logging
 from swiftmeg.planning.run import dry_run
 from swiftmeg.trainers.run import train

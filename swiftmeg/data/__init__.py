@@ -1,4 +1,5 @@
 """From files and hub ids to micro-batches: rows, formats, chat templates, packing, loaders.
 
-Nothing in this package imports Megatron or any other part of swiftmeg except `swiftmeg.errors`.
+Nothing in this package imports Megatron or any other part of swiftmeg but `swiftmeg.errors` and
+`swiftmeg.cache`.
 """

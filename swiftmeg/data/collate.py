@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swiftmeg.data.template import IGNORE
+from swiftmeg.data.template.template import IGNORE
 from swiftmeg.errors import UserError
 
 Array = np.ndarray[Any, Any]

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from swiftmeg.data.template import IGNORE
+from swiftmeg.data.template.template import IGNORE
 from swiftmeg.errors import UserError
 
 Batch = Any
 Collate = Callable[[Sequence[Any]], Batch]
 
 
-class Layout:
+class BatchSplit:
     """How a global batch is shared out; raises UserError if the sizes do not fit."""
 
     def __init__(self, micro_batch_size: int, global_batch_size: int, dp_rank: int, dp_size: int):
@@ -51,7 +51,7 @@ class Layout:
 
 class _TrainSampler(Sampler[list[int]]):
     def __init__(
-        self, rows: int, layout: Layout, consumed_samples: int, seed: int, shuffle: bool
+        self, rows: int, layout: BatchSplit, consumed_samples: int, seed: int, shuffle: bool
     ) -> None:
         self._rows = rows
         self._layout = layout
@@ -103,7 +103,7 @@ class BatchLoader:
         shuffle: bool = True,
         num_workers: int = 0,
     ) -> None:
-        layout = Layout(micro_batch_size, global_batch_size, dp_rank, dp_size)
+        layout = BatchSplit(micro_batch_size, global_batch_size, dp_rank, dp_size)
         if len(dataset) == 0:
             raise UserError("the training dataset is empty: check --dataset")
         if consumed_samples % global_batch_size:
@@ -120,7 +120,7 @@ class BatchLoader:
 
 
 class _EvalSampler(Sampler[list[int]]):
-    def __init__(self, rows: int, layout: Layout) -> None:
+    def __init__(self, rows: int, layout: BatchSplit) -> None:
         self._rows = rows
         self._layout = layout
 
@@ -166,7 +166,7 @@ class EvalLoader:
         dp_size: int,
         num_workers: int = 0,
     ) -> None:
-        layout = Layout(micro_batch_size, global_batch_size, dp_rank, dp_size)
+        layout = BatchSplit(micro_batch_size, global_batch_size, dp_rank, dp_size)
         sampler = _EvalSampler(len(dataset), layout)
         self._loader = _data_loader(_WithFiller(dataset), collate, sampler, num_workers)
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from swiftmeg.data.rows import RowError
+from swiftmeg.data.standard_row import RowError
 from swiftmeg.data.turns import Message
 
 

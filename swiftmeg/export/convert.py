@@ -14,7 +14,7 @@ from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
 from swiftmeg.checkpoint import UNFINISHED, check_checkpoint
 from swiftmeg.errors import UserError
-from swiftmeg.export.place import take_place
+from swiftmeg.export.atomic_folder import take_place
 from swiftmeg.models.hf import HFModel
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,7 +46,7 @@ def check_export(args: Any, model: HFModel) -> tuple[Path, int]:
     check_layout(args, model)
     size = parse_size(args.max_shard_size)
     if args.to_mcore:
-        from swiftmeg.export.weights import HFWeights, check_names
+        from swiftmeg.export.hf_files import HFWeights, check_names
 
         check_names(model.family, model.config, HFWeights(model.folder, model.config))
     return target, size
@@ -79,13 +79,13 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
     args.model, args.output_dir = model.named, str(target)
     platform.prepare()
-    from swiftmeg.export.load import HFSupply
+    from swiftmeg.export.hf_files import HFWeights
+    from swiftmeg.export.hf_reader import HFSupply
+    from swiftmeg.export.hf_writer import save_hf
+    from swiftmeg.export.lazy_weights import OnDemand, Supply, Weights, Whole, fill_all
+    from swiftmeg.export.mcore_reader import CheckpointSupply
     from swiftmeg.export.model import build_model, check_same_model, save_mcore, saved_arguments
-    from swiftmeg.export.ondemand import OnDemand, Supply, Weights, Whole, fill_all
     from swiftmeg.export.precision import compare_logits
-    from swiftmeg.export.save import save_hf
-    from swiftmeg.export.stored import CheckpointSupply
-    from swiftmeg.export.weights import HFWeights
     from swiftmeg.models.build import dims_of
 
     distributed.initialize()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from swiftmeg.errors import UserError
-from swiftmeg.export.parts import Block
+from swiftmeg.export.blocks import Block
 from swiftmeg.models.family import HFConfig
 
 SCALE = "_scale_inv"

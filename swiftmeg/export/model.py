@@ -11,12 +11,12 @@ from megatron.training import checkpointing
 from megatron.training.initialize import initialize_megatron
 
 from swiftmeg import platform, upstream
-from swiftmeg.args.parse import layout_attributes, megatron_namespace, model_flags
+from swiftmeg.args.namespace import layout_attributes, megatron_namespace, model_flags
 from swiftmeg.checkpoint import folder_name, read_iteration
 from swiftmeg.errors import UserError
-from swiftmeg.export.ondemand import Weights, Whole, fill_all
-from swiftmeg.export.stored import CheckpointSupply
-from swiftmeg.export.streaming import SharedOut, StreamingSave
+from swiftmeg.export.lazy_weights import Weights, Whole, fill_all
+from swiftmeg.export.mcore_reader import CheckpointSupply
+from swiftmeg.export.mcore_writer import SharedOut, StreamingSave
 from swiftmeg.models.arguments import MODEL_SWITCHES
 from swiftmeg.models.build import model_config, padded_vocab_size
 from swiftmeg.models.hf import HFModel

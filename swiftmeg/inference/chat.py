@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from swiftmeg.data.rows import RowError
+from swiftmeg.data.standard_row import RowError
 from swiftmeg.data.turns import Message
 from swiftmeg.inference.engine import Engine
 from swiftmeg.inference.results import ResultFile

@@ -19,8 +19,8 @@ from transformers.utils import logging as transformers_logging
 
 from swiftmeg import platform
 from swiftmeg.args.infer import InferArguments
-from swiftmeg.data.rows import RowTooLong
-from swiftmeg.data.template import IGNORE, Template
+from swiftmeg.data.standard_row import RowTooLong
+from swiftmeg.data.template.template import IGNORE, Template
 from swiftmeg.data.turns import Message
 from swiftmeg.errors import UserError
 

@@ -16,7 +16,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
 from swiftmeg.models.layers import block_spec, prediction_spec
 from swiftmeg.models.layout import Dims
-from swiftmeg.models.predictions import attach_prediction_losses, read_before_norm
+from swiftmeg.models.mtp import attach_prediction_losses, read_before_norm
 from swiftmeg.models.rope import (
     LatentRotaryEmbedding,
     ScaledRotaryEmbedding,

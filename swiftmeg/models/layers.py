@@ -32,12 +32,12 @@ from megatron.core.transformer.transformer_layer import (
 from swiftmeg import platform
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
-from swiftmeg.models.choice import choice_of
 from swiftmeg.models.linear_attention import GatedDeltaNet, GatedDeltaNetSubmodules
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
 from swiftmeg.models.native import NativeSpecProvider
 from swiftmeg.models.norms import NormAcrossHeads, NormAfterLayer
+from swiftmeg.models.routing import choice_of
 
 
 def choose_backend(transformer_impl: str | None) -> str:

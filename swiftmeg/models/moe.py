@@ -24,9 +24,9 @@ from megatron.core.transformer.moe.moe_utils import (
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from swiftmeg.models.choice import Choice
+from swiftmeg.models.loss_sums import LOSSES
 from swiftmeg.models.router_losses import Samples
-from swiftmeg.models.step_losses import LOSSES
+from swiftmeg.models.routing import Choice
 
 
 def token_marks(samples: Tensor, trained: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from swiftmeg import platform
 from swiftmeg.args.check import check_training, check_writable, checkpoint_defaults
 from swiftmeg.args.resolve import describe
-from swiftmeg.export.weights import HFWeights, check_names
+from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.data import prepare_data
 from swiftmeg.trainers.run import save_root
@@ -64,7 +64,7 @@ def _sizes(args: Any, model: HFModel) -> Sizes:
 
 def make_namespace(args: Any, model: HFModel, sizes: Sizes) -> Any:
     """Megatron's namespace of the run; its layers are native ones, which need no GPU."""
-    from swiftmeg.trainers.namespace import training_namespace
+    from swiftmeg.trainers.training_namespace import training_namespace
 
     os.environ.update(RANK="0", LOCAL_RANK="0")
     planned = copy.copy(args)

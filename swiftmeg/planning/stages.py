@@ -13,7 +13,7 @@ import torch
 from megatron.core import mpu
 
 from swiftmeg.models.layers import moe_layers
-from swiftmeg.models.virtual import build_chunks, describe, seat
+from swiftmeg.models.meta import build_chunks, describe, seat
 
 Hook = Callable[[list[Any]], list[Any]]
 

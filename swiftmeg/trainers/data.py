@@ -6,16 +6,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from swiftmeg.args.combinations import FP8_MULTIPLE
+from swiftmeg.args.rules import FP8_MULTIPLE
 from swiftmeg.data.collate import Collator
-from swiftmeg.data.encode import encode_pairs, encode_rows
-from swiftmeg.data.lazy import LazyDataset
+from swiftmeg.data.encoded.encode import encode_pairs, encode_rows
+from swiftmeg.data.encoded.lazy import LazyDataset
+from swiftmeg.data.encoded.packing import PackedDataset
+from swiftmeg.data.encoded.tokens import PairDataset
 from swiftmeg.data.loader import BatchLoader, EvalLoader, eval_iters, train_iters
-from swiftmeg.data.packing import PackedDataset
-from swiftmeg.data.pairs import PairDataset, PairTemplate
-from swiftmeg.data.sources import load_rows
-from swiftmeg.data.stream import RowStream
-from swiftmeg.data.template import Template
+from swiftmeg.data.sources.load import load_rows
+from swiftmeg.data.stream.stream import RowStream
+from swiftmeg.data.template.pairs import PairTemplate
+from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from swiftmeg import upstream
-from swiftmeg.export.load import load_hf
+from swiftmeg.export.hf_reader import load_hf
 from swiftmeg.export.model import load_weights
 from swiftmeg.models.build import dims_of
 from swiftmeg.trainers.routers import settle_routers

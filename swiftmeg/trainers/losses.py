@@ -8,8 +8,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
-from swiftmeg.models.predictions import acceptance_name, loss_name
-from swiftmeg.models.step_losses import LOSSES
+from swiftmeg.models.loss_sums import LOSSES
+from swiftmeg.models.mtp import acceptance_name, loss_name
 
 _ROUTER_LOSSES = {
     "aux_loss": "load_balancing_loss",

@@ -11,10 +11,10 @@ from typing import Any
 
 from swiftmeg import distributed, platform
 from swiftmeg.args.check import check_training, check_writable, checkpoint_defaults
-from swiftmeg.args.new_tokens import untrained_rows
 from swiftmeg.args.resolve import describe, write_args_file
-from swiftmeg.export.weights import HFWeights, check_names
+from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
+from swiftmeg.models.vocabulary import untrained_rows
 from swiftmeg.trainers.checkpoints import (
     CheckpointFolder,
     keep_random_state,
@@ -95,8 +95,8 @@ def _run_loop(run: Run) -> None:
     from swiftmeg.trainers.groups import parameter_groups
     from swiftmeg.trainers.hooks import model_hooks
     from swiftmeg.trainers.log import RunLog, TokenCounter, draw_curves
-    from swiftmeg.trainers.namespace import training_namespace
     from swiftmeg.trainers.sft import make_forward_step
+    from swiftmeg.trainers.training_namespace import training_namespace
 
     upstream.apply()
     args, model = run.args, run.model
@@ -200,7 +200,7 @@ def _close_tensorboard() -> None:
 
 def _hf_writer(run: Run, folder: CheckpointFolder, megatron: Any) -> Callable[[int, Any], None]:
     """Write `iter_N-hf` beside each checkpoint: the whole model, or its adapters."""
-    from swiftmeg.export.save import save_hf
+    from swiftmeg.export.hf_writer import save_hf
     from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.peft_folder import save_peft
 

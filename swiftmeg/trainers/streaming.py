@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swiftmeg import distributed
-from swiftmeg.data.stream_loader import Rest, StreamLoader, StreamPosition, stream_key
-from swiftmeg.data.template import Template
+from swiftmeg.data.stream.stream_loader import Rest, StreamLoader, StreamPosition, stream_key
+from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 from swiftmeg.trainers.data import TrainingData
 

@@ -56,9 +56,9 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     platform.prepare()
     import torch
 
+    from swiftmeg.export.hf_writer import save_hf
     from swiftmeg.export.model import build_model, save_mcore
     from swiftmeg.export.precision import RELATIVE_BOUND, hf_logits, judge, mcore_logits
-    from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.peft_folder import save_peft
 
@@ -148,11 +148,11 @@ def _merge_trained(
     import torch
     from megatron.core.utils import unwrap_model
 
-    from swiftmeg.export.load import HFSupply
-    from swiftmeg.export.ondemand import OnDemand, Supply, Whole, fill_all
+    from swiftmeg.export.hf_files import HFWeights
+    from swiftmeg.export.hf_reader import HFSupply
+    from swiftmeg.export.lazy_weights import OnDemand, Supply, Whole, fill_all
+    from swiftmeg.export.mcore_reader import CheckpointSupply
     from swiftmeg.export.precision import mcore_logits, sample_ids
-    from swiftmeg.export.stored import CheckpointSupply
-    from swiftmeg.export.weights import HFWeights
     from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.merge import Merging, merge
 
@@ -181,8 +181,8 @@ def _merge_folder(
     """The HF weights with a PEFT folder added; with the test also PEFT's own logits, and ids."""
     import torch
 
-    from swiftmeg.export.load import HFSupply
-    from swiftmeg.export.ondemand import OnDemand, Whole, fill_all
+    from swiftmeg.export.hf_reader import HFSupply
+    from swiftmeg.export.lazy_weights import OnDemand, Whole, fill_all
     from swiftmeg.export.precision import sample_ids
     from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.merge import MergedWeights

@@ -12,9 +12,9 @@ from megatron.core import mpu
 from torch import Tensor
 
 from swiftmeg.errors import UserError
-from swiftmeg.export.load import EMBEDDING, OUTPUT
+from swiftmeg.export.hf_files import listed
+from swiftmeg.export.hf_reader import EMBEDDING, OUTPUT
 from swiftmeg.export.shards import LiveWeight, live_weights
-from swiftmeg.export.weights import listed
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
 from swiftmeg.tuners.adapters import Attached, attached, numbered

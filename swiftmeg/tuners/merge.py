@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmeg.errors import UserError
-from swiftmeg.export.ondemand import Supply, storage_of
-from swiftmeg.export.parts import Block, StoredPart
+from swiftmeg.export.blocks import Block, StoredPart
+from swiftmeg.export.hf_files import HFWeights
+from swiftmeg.export.lazy_weights import Supply, storage_of
 from swiftmeg.export.shards import LiveWeight
-from swiftmeg.export.weights import HFWeights
 from swiftmeg.models.family import Row
 from swiftmeg.models.hf import HFModel
 from swiftmeg.tuners.adapters import Attached, attached, numbered, store_everything

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swiftmeg import distributed
 from swiftmeg.args.resolve import read_args_file, write_args_file
-from swiftmeg.export.place import take_place
+from swiftmeg.export.atomic_folder import take_place
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layout import Dims
 from swiftmeg.tuners.hf_form import to_hf_form

@@ -8,7 +8,7 @@ import pytest
 
 from swiftmeg.args.aliases import ALIASES, NEGATED
 from swiftmeg.args.commands import ExportArguments, SftArguments
-from swiftmeg.args.parser import parse_flags
+from swiftmeg.args.flags import parse_flags
 from swiftmeg.errors import UserError
 
 VALUES: dict[str, Any] = {"megatron_extra_kwargs": '{"a": 1}', "tuner_type": "lora"}

@@ -8,7 +8,7 @@ import pytest
 
 from swiftmeg.args.commands import SftArguments
 from swiftmeg.args.config import export_environment
-from swiftmeg.args.parser import parse_flags
+from swiftmeg.args.flags import parse_flags
 from swiftmeg.errors import UserError
 
 TEXT = """

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from swiftmeg.args.commands import SftArguments
 from swiftmeg.args.document import document
-from swiftmeg.args.parser import field_docs
+from swiftmeg.args.flags import field_docs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "parameters.md"
 

@@ -19,9 +19,9 @@ from swiftmeg.args.aliases import aliases_of
 from swiftmeg.args.check import check_training, checkpoint_defaults
 from swiftmeg.args.commands import ExportArguments, PtArguments, SftArguments
 from swiftmeg.args.moe import expert_flags
-from swiftmeg.args.planned import OFF, default_of, planned_flags
-from swiftmeg.args.training import read_command, read_training_arguments
-from swiftmeg.data import registry
+from swiftmeg.args.read import read_command, read_training_arguments
+from swiftmeg.args.unsupported import OFF, default_of, planned_flags
+from swiftmeg.data.sources import registry
 from swiftmeg.errors import UserError
 from swiftmeg.export.convert import check_export
 from swiftmeg.models.layers import choose_backend
@@ -702,7 +702,7 @@ def namespaces(groups: list[dict[str, Any]], attributes: list[str]) -> list[dict
 
     from swiftmeg import upstream
     from swiftmeg.trainers.data import TrainingData
-    from swiftmeg.trainers.namespace import training_namespace
+    from swiftmeg.trainers.training_namespace import training_namespace
 
     upstream.apply()
     made = []

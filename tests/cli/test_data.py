@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from swiftmeg.cli.main import run
-from swiftmeg.data.inspection import marked_text
-from swiftmeg.data.template import IGNORE
-from swiftmeg.data.tokens import TokenDataset
+from swiftmeg.data.encoded.inspection import marked_text
+from swiftmeg.data.encoded.tokens import TokenDataset
+from swiftmeg.data.template.template import IGNORE
 from tests.tiny import save_model
 
 

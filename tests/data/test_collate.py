@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from swiftmeg.data.collate import Collator
-from swiftmeg.data.packing import WINDOW, PackedDataset, pack
+from swiftmeg.data.encoded.packing import WINDOW, PackedDataset, pack
 from swiftmeg.errors import UserError
 
 PAD = 99

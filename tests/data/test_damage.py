@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from swiftmeg.data.encode import encode_rows
-from swiftmeg.data.readers import LINE_LIMIT
-from swiftmeg.data.sources import load_rows
-from swiftmeg.data.template import Template
+from swiftmeg.data.encoded.encode import encode_rows
+from swiftmeg.data.sources.load import load_rows
+from swiftmeg.data.sources.readers import LINE_LIMIT
+from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 
 ROWS = 10_000

@@ -5,10 +5,10 @@ import json
 import pytest
 from datasets import Dataset
 
-from swiftmeg.data import hubs, registry
-from swiftmeg.data.dataset_info import register_files
-from swiftmeg.data.sources import load_rows
-from swiftmeg.data.stream import RowStream
+from swiftmeg.data.sources import hubs, registry
+from swiftmeg.data.sources.dataset_info import register_files
+from swiftmeg.data.sources.load import load_rows
+from swiftmeg.data.stream.stream import RowStream
 from swiftmeg.errors import UserError
 
 

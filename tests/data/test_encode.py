@@ -12,10 +12,10 @@ import psutil
 import pytest
 from datasets import Dataset
 
-from swiftmeg.data.encode import encode_rows, rows_fingerprint
+from swiftmeg.cache import get_or_build
+from swiftmeg.data.encoded.encode import encode_rows, rows_fingerprint
 from swiftmeg.data.parallel import map_chunks
-from swiftmeg.data.store import get_or_build
-from swiftmeg.data.template import Template
+from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 
 fork = multiprocessing.get_context("fork")

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from swiftmeg.data.formats import Identity, rename_columns, standard_row
-from swiftmeg.data.rows import RowError
+from swiftmeg.data.sources.formats import Identity, rename_columns, standard_row
+from swiftmeg.data.standard_row import RowError
 from swiftmeg.errors import UserError
 
 SYSTEM = {"role": "system", "content": "S"}

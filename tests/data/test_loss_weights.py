@@ -2,7 +2,7 @@
 
 import pytest
 
-from swiftmeg.data.loss_weights import LossScale
+from swiftmeg.data.template.loss_weights import LossScale
 from swiftmeg.errors import UserError
 
 

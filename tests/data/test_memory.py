@@ -4,12 +4,12 @@ import json
 import multiprocessing
 from pathlib import Path
 
-from swiftmeg.data import encode
 from swiftmeg.data.collate import Collator
+from swiftmeg.data.encoded import encode
+from swiftmeg.data.encoded.packing import PackedDataset
 from swiftmeg.data.loader import BatchLoader
-from swiftmeg.data.packing import PackedDataset
-from swiftmeg.data.sources import load_rows
-from swiftmeg.data.template import Template
+from swiftmeg.data.sources.load import load_rows
+from swiftmeg.data.template.template import Template
 
 ROWS = 60_000
 BYTES_A_ROW = 160

@@ -8,9 +8,9 @@ import json
 
 import pytest
 
-from swiftmeg.data.chat_templates import CHAT_TEMPLATES
-from swiftmeg.data.rows import RowError
-from swiftmeg.data.template import Template
+from swiftmeg.data.standard_row import RowError
+from swiftmeg.data.template.chat_templates import CHAT_TEMPLATES
+from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 
 CONTENTS = ["Who are you?", "", "你好,我是助手 🙂", "two  spaces\n\nand a line", "été naïve: one"]

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from swiftmeg.data.encode import encode_pairs
-from swiftmeg.data.pairs import Pair, PairTemplate
-from swiftmeg.data.rows import RowError, RowTooLong
+from swiftmeg.data.encoded.encode import encode_pairs
+from swiftmeg.data.standard_row import RowError, RowTooLong
+from swiftmeg.data.template.pairs import Pair, PairTemplate
 from swiftmeg.errors import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -11,10 +11,10 @@ import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from swiftmeg.data import hubs, registry
-from swiftmeg.data.readers import data_files
-from swiftmeg.data.registry import DatasetInfo, Subset, register_dataset
-from swiftmeg.data.sources import load_rows
+from swiftmeg.data.sources import hubs, registry
+from swiftmeg.data.sources.load import load_rows
+from swiftmeg.data.sources.readers import data_files
+from swiftmeg.data.sources.registry import DatasetInfo, Subset, register_dataset
 from swiftmeg.errors import UserError
 
 
@@ -136,7 +136,7 @@ def test_the_cache_is_used_when_allowed(tmp_path, monkeypatch, cached):
     def fail(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr("swiftmeg.data.subsets.read_raw", fail)
+    monkeypatch.setattr("swiftmeg.data.sources.subset_reader.read_raw", fail)
     if cached:
         assert len(load_rows([path])[0]) == 2
     else:

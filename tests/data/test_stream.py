@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from swiftmeg.data.rows import Drops
-from swiftmeg.data.stream import RowStream
-from swiftmeg.data.stream_loader import Rest, StreamLoader, StreamPosition
-from swiftmeg.data.template import Template
+from swiftmeg.data.standard_row import Drops
+from swiftmeg.data.stream.stream import RowStream
+from swiftmeg.data.stream.stream_loader import Rest, StreamLoader, StreamPosition
+from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 
 
@@ -130,7 +130,7 @@ PACKED = [None, 60]
 @pytest.mark.parametrize("pack_length", PACKED)
 @pytest.mark.parametrize("rows", [30, 1501])
 def test_layouts_and_resuming_do_not_change_the_samples(tmp_path, monkeypatch, rows, pack_length):
-    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 4)
+    monkeypatch.setattr("swiftmeg.data.stream.lanes.WINDOW", 4)
     path = numbered(tmp_path, rows, bad=lambda number: number % 7 == 3)
     stream = RowStream([path], shuffle_buffer_size=20)
     options = {"pack_length": pack_length}
@@ -149,7 +149,7 @@ def test_layouts_and_resuming_do_not_change_the_samples(tmp_path, monkeypatch, r
 @pytest.mark.parametrize("pack_length", PACKED)
 def test_every_epoch_has_every_row_once(tmp_path, monkeypatch, pack_length):
     """What lies before every lane's position was seen once an epoch, and nothing else twice."""
-    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 2)
+    monkeypatch.setattr("swiftmeg.data.stream.lanes.WINDOW", 2)
     path = numbered(tmp_path, 400, bad=lambda number: number % 9 == 0)
     stream = RowStream([path])
     job = Job(stream, 2, 8, 2, pack_length=pack_length)
@@ -191,7 +191,7 @@ def test_packs_are_full_and_hold_whole_rows(tmp_path):
 @pytest.mark.parametrize("rows", [1, 30, 83])
 def test_a_stream_ends_with_its_last_epoch(tmp_path, monkeypatch, rows, pack_length):
     """Every layout makes as many steps; what is not in them is counted, with what is dropped."""
-    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 4)
+    monkeypatch.setattr("swiftmeg.data.stream.lanes.WINDOW", 4)
     path = numbered(tmp_path, rows, bad=lambda number: number % 7 == 3)
     usable = sum(number % 7 != 3 for number in range(rows))
     kinds = set()
@@ -215,7 +215,7 @@ def test_a_stream_ends_with_its_last_epoch(tmp_path, monkeypatch, rows, pack_len
 @pytest.mark.parametrize("pack_length", PACKED)
 def test_a_run_that_ends_can_be_continued_anywhere(tmp_path, monkeypatch, pack_length):
     """Before and among its last steps, and with more epochs behind them."""
-    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 4)
+    monkeypatch.setattr("swiftmeg.data.stream.lanes.WINDOW", 4)
     path = numbered(tmp_path, 120, bad=lambda number: number % 7 == 3 or number % 4 == 1)
     stream = RowStream([path], shuffle_buffer_size=10)
     options = {"epochs": 2, "pack_length": pack_length}
@@ -303,7 +303,7 @@ def test_the_position_stays_small(tmp_path):
 
 
 def test_dropped_rows_are_counted_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("swiftmeg.data.lanes.WINDOW", 3)
+    monkeypatch.setattr("swiftmeg.data.stream.lanes.WINDOW", 3)
     path = numbered(tmp_path, 100, bad=lambda number: number % 4 == 0)
     stream = RowStream([path])
     whole = Job(stream, 1, 4, 2, pack_length=70)
@@ -338,7 +338,7 @@ def test_nothing_usable_ends_in_a_line(tmp_path):
     stream.check()
 
     def refuse(row):
-        from swiftmeg.data.rows import RowError
+        from swiftmeg.data.standard_row import RowError
 
         raise RowError("no")
 

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from swiftmeg.data.rows import RowError, RowTooLong
-from swiftmeg.data.span_tokenizer import SpanTokenizer, _by_bytes
-from swiftmeg.data.template import Template
+from swiftmeg.data.standard_row import RowError, RowTooLong
+from swiftmeg.data.template.span_tokenizer import SpanTokenizer, _by_bytes
+from swiftmeg.data.template.template import Template
 from swiftmeg.data.tools import to_chat
 from swiftmeg.errors import UserError
 
@@ -438,7 +438,7 @@ def test_gemma_puts_the_system_prompt_into_the_first_user_turn(make_tokenizer):
 
 
 def test_deepseek_r1_keeps_the_thinking_of_every_turn(make_tokenizer):
-    from swiftmeg.data.chat_templates import CHAT_TEMPLATES
+    from swiftmeg.data.template.chat_templates import CHAT_TEMPLATES
 
     tokenizer = make_tokenizer(None)
     tokenizer.add_tokens(list(CHAT_TEMPLATES["deepseek_r1"].tokens), special_tokens=True)

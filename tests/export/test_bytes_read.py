@@ -42,13 +42,13 @@ def read_and_write(folder: str, out: str, layout: Layout) -> dict[str, int]:
 
     The way back is from the checkpoint that a run of one process has left.
     """
-    from swiftmeg.export.load import HFSupply, load_hf
+    from swiftmeg.export.hf_files import HFWeights
+    from swiftmeg.export.hf_reader import HFSupply, load_hf
+    from swiftmeg.export.hf_writer import save_hf
+    from swiftmeg.export.lazy_weights import OnDemand
+    from swiftmeg.export.mcore_reader import CheckpointSupply
     from swiftmeg.export.model import save_mcore
-    from swiftmeg.export.ondemand import OnDemand
-    from swiftmeg.export.save import save_hf
     from swiftmeg.export.shards import live_weights
-    from swiftmeg.export.stored import CheckpointSupply
-    from swiftmeg.export.weights import HFWeights
 
     one, target = Path(out) / "one", Path(out) / str(layout)
     model, models, dims = build(Path(folder), layout)

@@ -61,7 +61,7 @@ def difference(folder: Path, layout: Layout, mutation: Any = None) -> float | No
 
     `mutation` changes its family before.
     """
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.hf_reader import load_hf
     from swiftmeg.export.precision import mcore_logits
     from swiftmeg.models.hf import read_model
 
@@ -76,12 +76,12 @@ def difference(folder: Path, layout: Layout, mutation: Any = None) -> float | No
 
 def convert(root: Path, out: Path, name: str, layout: Layout) -> float | None:
     """Specimen `name` there and back; the largest difference of logits, on the last stage."""
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.hf_reader import load_hf
+    from swiftmeg.export.hf_writer import save_hf
+    from swiftmeg.export.lazy_weights import OnDemand
+    from swiftmeg.export.mcore_reader import CheckpointSupply
     from swiftmeg.export.model import save_mcore
-    from swiftmeg.export.ondemand import OnDemand
     from swiftmeg.export.precision import mcore_logits
-    from swiftmeg.export.save import save_hf
-    from swiftmeg.export.stored import CheckpointSupply
 
     folder, target = root / name, out / name
     model, models, dims = build(folder, layout)

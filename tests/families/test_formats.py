@@ -16,7 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.fp8 import dequantise
-from swiftmeg.export.weights import HFWeights, check_names
+from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build, difference
 from tests.families.folders import weights_of, write, write_named
@@ -198,7 +198,7 @@ def test_names_are_strict(root: Path) -> None:
 
 def parameters_of(folder: str) -> Weights:
     """Every weight of a folder's model."""
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.hf_reader import load_hf
     from swiftmeg.export.shards import live_weights
 
     model, models, dims = build(Path(folder), Layout(1))
@@ -275,12 +275,12 @@ def test_each_rank_reads_what_it_holds(root: Path) -> None:
 
 def save(source: str, target: str, layout: Layout, die_at: str | None = None) -> list[str]:
     """Save a model; returns the files that this rank wrote. Dies as it writes tensor `die_at`."""
-    from swiftmeg.export import writer
-    from swiftmeg.export.load import load_hf
-    from swiftmeg.export.save import save_hf
+    from swiftmeg.export import safetensors_writer
+    from swiftmeg.export.hf_reader import load_hf
+    from swiftmeg.export.hf_writer import save_hf
 
     written = []
-    original = writer._write_file
+    original = safetensors_writer._write_file
 
     def watch(path: Path, content: Any, tensors: Any) -> None:
         def until_death() -> Any:
@@ -292,7 +292,7 @@ def save(source: str, target: str, layout: Layout, die_at: str | None = None) ->
         written.append(path.name)
         original(path, content, until_death() if die_at else tensors)
 
-    writer._write_file = watch
+    safetensors_writer._write_file = watch
     folder = Path(source)
     model, models, dims = build(folder, layout)
     load_hf(models, folder, model.family, model.config, dims)

@@ -64,11 +64,11 @@ def survey(folder: str, layout: Layout, first: int | None, last: int | None) -> 
         "RANK": "0",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
+    from swiftmeg.export.hf_writer import hf_tensors_of
     from swiftmeg.export.model import conversion_namespace
-    from swiftmeg.export.save import hf_tensors_of
     from swiftmeg.export.shards import live_weights
     from swiftmeg.models.build import dims_of
-    from swiftmeg.models.virtual import build_chunks, describe, seat
+    from swiftmeg.models.meta import build_chunks, describe, seat
 
     model = read_model(folder)
     object.__setattr__(model, "mtp_num_layers", 0)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from swiftmeg.errors import UserError
-from swiftmeg.export.weights import HFWeights, check_names
+from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build
 from tests.families.folders import weights_of, write_named
@@ -88,9 +88,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def round_trip(root: str, out: str, names: list[str], layout: Layout, count: int) -> None:
     """Each model to Megatron, into a checkpoint, out of it and back, with `count` modules."""
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.hf_reader import load_hf
+    from swiftmeg.export.hf_writer import save_hf
     from swiftmeg.export.model import load_mcore, save_mcore
-    from swiftmeg.export.save import save_hf
 
     for name in names:
         folder, target = Path(root, name), Path(out, name)

@@ -14,8 +14,8 @@ import torch
 
 from swiftmeg.models.layers import choose_backend
 from tests.matrix.__main__ import header, quiet, table_line
+from tests.matrix.cases import Row, write_inputs
 from tests.matrix.harness import run
-from tests.matrix.rows import Row, write_inputs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exactness-gpu.md"
 

@@ -77,7 +77,7 @@ def transformers_loss(work: Path, name: str = "qwen3") -> float:
     """Loss of the untrained model over all rows, in fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.template.template import Template
 
     model = AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32).cuda()
     template = Template(AutoTokenizer.from_pretrained(work / name))

@@ -16,8 +16,8 @@ import torch
 
 from tests.families import folders, specimens
 from tests.gpu.matrix import LATENT, SIZES, norm
+from tests.matrix.cases import EXPERTS, Row, write_inputs
 from tests.matrix.harness import check_trained, run
-from tests.matrix.rows import EXPERTS, Row, write_inputs
 from tests.tiny import save_tokenizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

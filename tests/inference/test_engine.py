@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from swiftmeg.args.infer import InferArguments
-from swiftmeg.data.rows import RowTooLong
+from swiftmeg.data.standard_row import RowTooLong
 from swiftmeg.errors import UserError
 from swiftmeg.inference.engine import Engine
 

@@ -151,7 +151,7 @@ def test_datasets_are_registered_by_files(folder: Path, tmp_path: Path):
     (tmp_path / "info.json").write_text(json.dumps([entry]))
     (tmp_path / "plugin.py").write_text(
         "from pathlib import Path\n"
-        "from swiftmeg.data.registry import DatasetInfo, Subset, register_dataset\n"
+        "from swiftmeg.data.sources.registry import DatasetInfo, Subset, register_dataset\n"
         "loud = Subset(preprocess=lambda row: {'query': row['poem'].upper()})\n"
         "path = Path(__file__).with_name('rows.jsonl')\n"
         "info = DatasetInfo(path=path, subsets={'default': loud})\n"

@@ -49,10 +49,10 @@ def convert_both_ways(
     folder: str, out: str, tp: int, pp: int, dtype: str
 ) -> tuple[float, float] | None:
     """Load, compare logits, save and reload as mcore, save as HF; on every rank of a layout."""
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.hf_reader import load_hf
+    from swiftmeg.export.hf_writer import save_hf
     from swiftmeg.export.model import build_model, load_mcore, save_mcore
     from swiftmeg.export.precision import hf_logits, mcore_logits, sample_ids
-    from swiftmeg.export.save import save_hf
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model
 

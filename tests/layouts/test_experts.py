@@ -246,7 +246,7 @@ def transformers_gradients(folder: Path, balanced: bool) -> tuple[float, dict[st
     """Loss per trained token, and its gradients by the names of safetensors."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.template.template import Template
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     template = Template(AutoTokenizer.from_pretrained(folder))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from swiftmeg.export.weights import MAPPED_BYTES
+from swiftmeg.export.hf_files import MAPPED_BYTES
 from tests.ranks import run_ranks
 from tests.tiny import save_model
 
@@ -61,12 +61,12 @@ def convert_and_watch(folder: str, out: str) -> tuple[int, dict[str, int]]:
     """All weights' bytes, and the excess of loading a model, and of converting it both ways."""
     from megatron.training import global_vars
 
-    from swiftmeg.export.load import HFSupply, load_hf
+    from swiftmeg.export.hf_files import HFWeights
+    from swiftmeg.export.hf_reader import HFSupply, load_hf
+    from swiftmeg.export.hf_writer import save_hf
+    from swiftmeg.export.lazy_weights import OnDemand
+    from swiftmeg.export.mcore_reader import CheckpointSupply
     from swiftmeg.export.model import build_model, save_mcore
-    from swiftmeg.export.ondemand import OnDemand
-    from swiftmeg.export.save import save_hf
-    from swiftmeg.export.stored import CheckpointSupply
-    from swiftmeg.export.weights import HFWeights
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model
 
@@ -106,11 +106,11 @@ def convert_and_watch(folder: str, out: str) -> tuple[int, dict[str, int]]:
 def merge_and_watch(folder: str, out: str) -> int:
     """The excess of writing a model with its adapters added."""
     from swiftmeg.args.tuner import LoraArguments
-    from swiftmeg.export.load import HFSupply
+    from swiftmeg.export.hf_files import HFWeights
+    from swiftmeg.export.hf_reader import HFSupply
+    from swiftmeg.export.hf_writer import save_hf
+    from swiftmeg.export.lazy_weights import OnDemand
     from swiftmeg.export.model import build_model
-    from swiftmeg.export.ondemand import OnDemand
-    from swiftmeg.export.save import save_hf
-    from swiftmeg.export.weights import HFWeights
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model
     from swiftmeg.tuners.adapters import attach

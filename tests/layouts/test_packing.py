@@ -17,7 +17,7 @@ LENGTHS = [1, 7, 9, 698, 1024]
 def token_losses(folder: str, batches: list[tuple[str, list[list[int]]]]) -> list[list[Any]]:
     """For each named batch of rows of tokens, collated that way, each row's losses as arrays."""
     from swiftmeg.args.commands import ExportArguments
-    from swiftmeg.export.load import load_hf
+    from swiftmeg.export.hf_reader import load_hf
     from swiftmeg.export.model import build_model
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model

@@ -119,7 +119,7 @@ def compute_reference(
 ) -> tuple[float, float, dict[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.template.template import Template
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     parts = {key: each.requires_grad_() for key, each in load_file(folder / "module.pt").items()}

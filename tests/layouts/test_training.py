@@ -71,7 +71,7 @@ ONE_STEP: dict[str, Any] = {
 def run_training(argv: list[str]) -> None:
     """`megatron sft` inside an existing job."""
     from swiftmeg.args.commands import SftArguments
-    from swiftmeg.args.training import read_training_arguments
+    from swiftmeg.args.read import read_training_arguments
     from swiftmeg.trainers.run import train
 
     train(*read_training_arguments(SftArguments, argv, "megatron sft"))
@@ -113,7 +113,7 @@ def transformers_loss(model: Any, folder: Path, **template_options: Any) -> torc
     """Mean loss per trained token over all rows, one row at a time."""
     from transformers import AutoTokenizer
 
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.template.template import Template
 
     template = Template(AutoTokenizer.from_pretrained(folder), **template_options)
     total, count = torch.zeros(()), 0

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.matrix.cases import MODELS, ROWS, Row, write_inputs
 from tests.matrix.harness import (
     BOUND,
     STEPS,
@@ -22,7 +23,6 @@ from tests.matrix.harness import (
 )
 from tests.matrix.harness import transformers_step as transformers
 from tests.matrix.mutations import MUTATIONS
-from tests.matrix.rows import MODELS, ROWS, Row, write_inputs
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
 KEYS = ("lm loss", "grad_norm", "gradients", "weights")
@@ -40,8 +40,8 @@ did not learn, if a tensor had no gradient, or if copies of a weight on differen
 bit-identical. The run of one process is compared with transformers first.
 
 Models called `-lora` train adapters, of routed experts and router too, and whole modules beside
-them; `tests/matrix/rows.py` lists their flags. Their gradients are those of the second step (before
-it A has none), their weights the adapters and the merged model, their reference is PEFT.
+them; `tests/matrix/cases.py` lists their flags. Their gradients are those of the second step
+(before it A has none), their weights the adapters and the merged model, their reference is PEFT.
 
 Layouts are written in words: `tp2 sp` is tensor parallelism over two ranks with sequence
 parallelism, `pp` pipeline stages, `vpp` model parts a stage, `cp` context parallelism, `dp` data

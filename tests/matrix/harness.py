@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.matrix import lora
-from tests.matrix.rows import Row
+from tests.matrix.cases import Row
 from tests.ranks import run_ranks
 
 BOUND = 1e-5
@@ -63,7 +63,7 @@ def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> l
 
     from swiftmeg import upstream
     from swiftmeg.args.commands import SftArguments
-    from swiftmeg.args.training import read_training_arguments
+    from swiftmeg.args.read import read_training_arguments
     from swiftmeg.trainers import log
     from swiftmeg.trainers.run import train
 
@@ -115,7 +115,7 @@ def write(
     """Write the weights, or what `replaced` has in their place, as a Hugging Face folder."""
     from megatron.training import get_args
 
-    from swiftmeg.export import save
+    from swiftmeg.export import hf_writer
     from swiftmeg.export.shards import live_weights
     from swiftmeg.models.build import dims_of
 
@@ -125,10 +125,10 @@ def write(
         for live in live_weights(models):
             yield replace(live, tensor=replaced.get(live.tensor, live.tensor))
 
-    save.live_weights = in_place
+    hf_writer.live_weights = in_place
     family, dims = model.family, dims_of(get_args())
-    save.save_hf(models, folder, model.folder, family, model.config, dims, dtype=torch.float32)
-    save.live_weights = live_weights
+    hf_writer.save_hf(models, folder, model.folder, family, model.config, dims, dtype=torch.float32)
+    hf_writer.live_weights = live_weights
 
 
 def gradients(models: list[Any]) -> dict[Any, torch.Tensor]:
@@ -288,7 +288,7 @@ def transformers_step(work: Path, model: str, found: dict[str, Any]) -> dict[str
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from swiftmeg.data.template import Template
+    from swiftmeg.data.template.template import Template
 
     template = Template(AutoTokenizer.from_pretrained(work / model))
     network = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.matrix.rows import Row
+from tests.matrix.cases import Row
 
 
 class Mutation(NamedTuple):
@@ -148,12 +148,12 @@ def tied_weights_drift_apart() -> None:
 
 
 def same_rows_everywhere() -> None:
-    from swiftmeg.data.loader import Layout
+    from swiftmeg.data.loader import BatchSplit
 
     def make(original: Any) -> Any:
         return lambda self, micro, total, rank, size: original(self, micro, total, 0, size)
 
-    _replace(Layout, "__init__", make)
+    _replace(BatchSplit, "__init__", make)
 
 
 def weights_stand_still() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.matrix.cases import MODELS, ROWS, Row, write_inputs
 from tests.matrix.harness import (
     BOUND,
     check_trained,
@@ -16,7 +17,6 @@ from tests.matrix.harness import (
     transformers_step,
 )
 from tests.matrix.mutations import MUTATIONS, Mutation
-from tests.matrix.rows import MODELS, ROWS, Row, write_inputs
 
 Reference = Callable[[str], dict[str, Any]]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swiftmeg.models.native import experts
 from swiftmeg.models.native.experts import grouped_product
+from tests.matrix.cases import Row, write_inputs
 from tests.matrix.harness import check_trained, run
-from tests.matrix.rows import Row, write_inputs
 
 ROWS = [3, 0, 5, 1]
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from swiftmeg.args.commands import ExportArguments, SftArguments
-from swiftmeg.args.training import read_command, read_training_arguments
+from swiftmeg.args.read import read_command, read_training_arguments
 from tests.planning.models import TINY, save_config
 from tests.ranks import run_ranks
 

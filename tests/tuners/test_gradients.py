@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from tests.matrix.cases import LORA, Row, write_rows
 from tests.matrix.harness import BOUND, check_trained, compare, one_step, run, transformers_step
-from tests.matrix.rows import LORA, Row, write_rows
 from tests.tiny import save_model
 
 ROWS: dict[str, tuple[Row, dict[str, Any]]] = {

@@ -74,7 +74,7 @@ def train_and_keep_start(argv: list[str], start: str) -> None:
     from megatron.training import training
 
     from swiftmeg.args.commands import SftArguments
-    from swiftmeg.args.training import read_training_arguments
+    from swiftmeg.args.read import read_training_arguments
     from swiftmeg.trainers.run import train
 
     args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")

@@ -12,7 +12,7 @@ from swiftmeg.models.arguments import (
 )
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import MOE_ROWS, shared_expert_rows
+from swiftmeg.models.weight_rows import MOE_ROWS, shared_expert_rows
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from swiftmeg.models.arguments import (
 )
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import MLA_ROWS, MOE_ROWS, shared_expert_rows
+from swiftmeg.models.weight_rows import MLA_ROWS, MOE_ROWS, shared_expert_rows
 
 
 def _router_args(config: HFConfig) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from swiftmeg.models.arguments import (
 )
 from swiftmeg.models.families.deepseek_v2 import DEEPSEEK_V2
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import DEEPSEEK_PREDICTIONS, EXPERT_BIAS_ROW, deepseek_prediction_rows
+from swiftmeg.models.weight_rows import (
+    DEEPSEEK_PREDICTIONS,
+    EXPERT_BIAS_ROW,
+    deepseek_prediction_rows,
+)
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from swiftmeg.models.arguments import expert_args, refuse
 from swiftmeg.models.families import ernie4_5
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.layout import ONE_ROW
-from swiftmeg.models.rows import HF_MLP, MLP, MOE_ROWS, shared_expert_rows
+from swiftmeg.models.weight_rows import HF_MLP, MLP, MOE_ROWS, shared_expert_rows
 
 
 def _layers(config: HFConfig) -> list[int]:

@@ -6,7 +6,7 @@ from swiftmeg.models.arguments import dense_args, rotary_percent
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.layout import GATE_UP_TOGETHER
-from swiftmeg.models.rows import HF_MLP, MLP
+from swiftmeg.models.weight_rows import HF_MLP, MLP
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from swiftmeg.models.families import glm
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import NORM_AFTER_ROWS
+from swiftmeg.models.weight_rows import NORM_AFTER_ROWS
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

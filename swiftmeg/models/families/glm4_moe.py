@@ -12,7 +12,7 @@ from swiftmeg.models.arguments import (
 )
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import (
+from swiftmeg.models.weight_rows import (
     DEEPSEEK_PREDICTIONS,
     EXPERT_BIAS_ROW,
     MOE_ROWS,

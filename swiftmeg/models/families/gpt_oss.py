@@ -7,7 +7,7 @@ from swiftmeg.models.arguments import dense_args, expert_args, refuse, softmax_r
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig, Row, row
 from swiftmeg.models.layout import COPY, GATE_UP_COLUMNS, TRANSPOSED, Layout
-from swiftmeg.models.rows import ATTENTION, HF_ATTENTION, HF_MLP, MLP
+from swiftmeg.models.weight_rows import ATTENTION, HF_ATTENTION, HF_MLP, MLP
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

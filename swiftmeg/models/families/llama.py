@@ -4,7 +4,7 @@ from typing import Any
 
 from swiftmeg.models.arguments import dense_args
 from swiftmeg.models.family import REGISTRY, Family, HFConfig
-from swiftmeg.models.rows import DENSE_ROWS
+from swiftmeg.models.weight_rows import DENSE_ROWS
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from swiftmeg.models.families import qwen2
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.layout import SWAPPED_HALVES
-from swiftmeg.models.rows import DENSE_ROWS, MTP_LAYER, prediction_rows
+from swiftmeg.models.weight_rows import DENSE_ROWS, MTP_LAYER, prediction_rows
 
 _HF_PREDICTION = "model.mtp_layers.{i}."
 

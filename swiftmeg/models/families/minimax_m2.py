@@ -10,7 +10,7 @@ from swiftmeg.models.arguments import (
 )
 from swiftmeg.models.families.mixtral import MIXTRAL
 from swiftmeg.models.family import REGISTRY, HFConfig, row
-from swiftmeg.models.rows import HF_LAYER, MLP
+from swiftmeg.models.weight_rows import HF_LAYER, MLP
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from swiftmeg.models.arguments import dense_args, expert_args, softmax_router_args
 from swiftmeg.models.families.mistral import MISTRAL
 from swiftmeg.models.family import REGISTRY, HFConfig, row
-from swiftmeg.models.rows import HF_LAYER, MLP, MOE_ROWS, expert_rows
+from swiftmeg.models.weight_rows import HF_LAYER, MLP, MOE_ROWS, expert_rows
 
 _HF_MOE = HF_LAYER + "block_sparse_moe."
 

@@ -5,7 +5,7 @@ from typing import Any
 from swiftmeg.models.arguments import dense_args
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig, row
-from swiftmeg.models.rows import HF_LAYER, LAYER
+from swiftmeg.models.weight_rows import HF_LAYER, LAYER
 
 
 def to_args(config: HFConfig, windows: bool = False) -> dict[str, Any]:

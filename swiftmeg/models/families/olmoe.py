@@ -5,7 +5,7 @@ from typing import Any
 from swiftmeg.models.arguments import dense_args, expert_args, refuse, softmax_router_args
 from swiftmeg.models.families.llama import LLAMA
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import MOE_ROWS
+from swiftmeg.models.weight_rows import MOE_ROWS
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from swiftmeg.models.arguments import dense_args, expert_args, softmax_router_args
 from swiftmeg.models.families.qwen2 import QWEN2
 from swiftmeg.models.family import REGISTRY, HFConfig, row
-from swiftmeg.models.rows import HF_MLP, MLP, MOE_ROWS, shared_expert_rows
+from swiftmeg.models.weight_rows import HF_MLP, MLP, MOE_ROWS, shared_expert_rows
 
 
 def sparse_layers(config: HFConfig) -> list[int]:

@@ -6,7 +6,7 @@ from swiftmeg.models.arguments import expert_args, softmax_router_args
 from swiftmeg.models.families import qwen3
 from swiftmeg.models.families.qwen2_moe import sparse_layers
 from swiftmeg.models.family import REGISTRY, HFConfig
-from swiftmeg.models.rows import MOE_ROWS
+from swiftmeg.models.weight_rows import MOE_ROWS
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:

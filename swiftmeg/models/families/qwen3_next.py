@@ -7,7 +7,7 @@ from swiftmeg.models.families import qwen2_moe
 from swiftmeg.models.families.qwen2_moe import QWEN2_MOE
 from swiftmeg.models.family import REGISTRY, HFConfig, row
 from swiftmeg.models.layout import DELTA_CONVOLUTION, DELTA_INPUTS, GATED_QKV
-from swiftmeg.models.rows import (
+from swiftmeg.models.weight_rows import (
     ATTENTION,
     HF_ATTENTION,
     HF_LAYER,

@@ -1,0 +1,1 @@
+"""Tokenised sets: built once in the cache or row by row, packed, and shown to a person."""

@@ -1,0 +1,1 @@
+"""Where rows come from: `--dataset`, registered sets, files and hubs, and their formats."""

@@ -1,0 +1,140 @@
+"""One subset of a dataset: its raw rows, and how each becomes a standard row."""
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets.fingerprint import Hasher
+
+from swiftmeg.data.sources.dataset_spec import Source, parse_spec
+from swiftmeg.data.sources.formats import Identity, rename_columns, standard_row
+from swiftmeg.data.sources.hubs import load_from_hub
+from swiftmeg.data.sources.readers import RawRow, data_files, parse_raw, read_raw
+from swiftmeg.data.sources.registry import Subset
+from swiftmeg.data.standard_row import Row, RowError
+from swiftmeg.errors import UserError
+
+OriginRow = tuple[str, RawRow]
+"""The file or hub id that a raw row comes from, and the row."""
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the reading of every dataset depends on, as the command line says it."""
+
+    columns: Mapping[str, str]
+    identity: Identity
+    data_seed: int
+    num_proc: int
+    strict: bool
+    hub_token: str | None
+    download_mode: str
+    cached: bool
+    for_training: bool
+    streaming: bool = False
+
+
+class SubsetReader:
+    """Reads a subset of `source`. Making one finds its files, or reaches for the hub.
+
+    Raises UserError if there are none, or the hub does not answer.
+    """
+
+    def __init__(self, source: Source, name: str, subset: Subset, options: ReadOptions) -> None:
+        self.source = source
+        self.options = options
+        self.label = source.spec if len(source.subsets) == 1 else f"{source.spec}, subset {name}"
+        self._subset = subset
+        self._columns = {**source.info.columns, **subset.columns, **options.columns}
+        self._files: list[Path] = []
+        self._hub_splits: list[Iterable[Row]] = []
+        if source.path is not None:
+            # A subset of a local folder is a subfolder; a registered file has no such thing.
+            folder = source.path / (subset.hub_subset or "")
+            self._files = data_files(folder, source.spec)
+        else:
+            assert source.dataset_id is not None
+            self._hub_splits = [
+                load_from_hub(
+                    source.dataset_id,
+                    subset.hub_subset,
+                    split,
+                    use_hf=source.use_hf,
+                    token=options.hub_token,
+                    mode=options.download_mode,
+                    streaming=options.streaming,
+                )
+                for split in source.info.splits
+            ]
+
+    def describe(self) -> list[Any]:
+        """All that the standard rows depend on, as JSON-able values."""
+        content: list[Any] = [[str(file.resolve()), *_version(file)] for file in self._files]
+        if not content:
+            prints = [getattr(split, "_fingerprint", None) for split in self._hub_splits]
+            content = [self.source.dataset_id, *prints]
+        identity = self.options.identity
+        return [
+            content,
+            self._columns,
+            [identity.names, identity.authors, self.options.data_seed],
+            Hasher.hash(self._subset.preprocess),
+            self.options.for_training,
+        ]
+
+    def raw(self) -> Iterator[OriginRow]:
+        """Yield the raw rows in the order of files and lines."""
+        for file in self._files:
+            for raw in read_raw(file):
+                yield str(file), raw
+        if not self._files:
+            assert self.source.dataset_id is not None
+            for raw in enumerate(chain.from_iterable(self._hub_splits), 1):
+                yield self.source.dataset_id, raw
+
+    def standard(self, row: OriginRow) -> Row:
+        """Return the standard row of a raw one, with its `origin`.
+
+        Raises RowError if it cannot be used, and UserError, naming its place, with `strict`.
+        """
+        file, (number, raw) = row
+        origin = f"{file}:{number}"
+        try:
+            values = rename_columns(parse_raw(raw), self._columns)
+            if self._subset.preprocess is not None:
+                values = _preprocess(self._subset, values)
+            values = self.options.identity.fill(values)
+            chooser = partial(random.Random, f"{self.options.data_seed} {origin}")
+            standard = standard_row(values, chooser, self.options.for_training)
+        except RowError as error:
+            if self.options.strict:
+                raise UserError(f"--strict true: {origin}: {error}") from None
+            raise
+        except UserError as error:
+            raise UserError(f"{origin}: {error}") from None
+        return {**standard, "origin": origin}
+
+
+def open_dataset(
+    spec: str, use_hf: bool, options: ReadOptions
+) -> tuple[Source, list[SubsetReader]]:
+    """Return a dataset of the command line and a reader for each of its subsets."""
+    source = parse_spec(spec, use_hf)
+    return source, [SubsetReader(source, *subset, options) for subset in source.subsets]
+
+
+def _version(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _preprocess(subset: Subset, row: Row) -> Row:
+    assert subset.preprocess is not None
+    try:
+        return subset.preprocess(row)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RowError("the dataset's preprocessing failed", repr(error)) from None

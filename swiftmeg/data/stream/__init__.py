@@ -1,0 +1,1 @@
+"""Rows that are read, tokenised and packed while training (`--streaming`)."""
