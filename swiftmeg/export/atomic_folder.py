@@ -16,7 +16,7 @@ _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
 """Files of weights that are replaced, however many there were."""
 
 
-def take_place(complete: Path, folder: Path) -> None:
+def publish(complete: Path, folder: Path) -> None:
     """Let `complete`, a folder beside `folder`, be `folder`.
 
     What `folder` held and `complete` does not, comes along, unless it is a part of the old weights.

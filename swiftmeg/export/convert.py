@@ -14,7 +14,7 @@ from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
 from swiftmeg.checkpoint import UNFINISHED, check_checkpoint
 from swiftmeg.errors import UserError
-from swiftmeg.export.atomic_folder import take_place
+from swiftmeg.export.atomic_folder import publish
 from swiftmeg.models.hf import HFModel
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -150,7 +150,7 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
             unfinished.mkdir(parents=True)
         yield unfinished
         if first:
-            take_place(unfinished, target)
+            publish(unfinished, target)
             print(f"written to {target}", flush=True)
     except OSError as error:
         if error.errno not in _NO_ROOM:

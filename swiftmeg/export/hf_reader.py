@@ -35,7 +35,7 @@ class HFSupply:
 
     def fill(self, live: LiveWeight) -> None:
         """Copy one parameter's part of its HF tensors."""
-        live.tensor.copy_(self._shard(live, *live.place))
+        live.tensor.copy_(self._shard(live, live.rank, live.group_size))
 
     def shards(self, live: LiveWeight) -> list[torch.Tensor]:
         """All shards of one parameter, in its dtype."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from swiftmeg.checkpoint import UNFINISHED
-from swiftmeg.export.atomic_folder import take_place
+from swiftmeg.export.atomic_folder import publish
 from swiftmeg.export.hf_reader import OUTPUT
 from swiftmeg.export.lazy_weights import Weights, Whole
 from swiftmeg.export.safetensors_writer import (
@@ -94,7 +94,7 @@ def save_hf(
         if first:
             if len(set(index["weight_map"].values())) > 1:
                 (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            take_place(unfinished, folder)
+            publish(unfinished, folder)
     except BaseException:
         if first:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -163,7 +163,7 @@ def _names(row: Row) -> list[tuple[str, ...]]:
 
 def hf_tensors_of(live: LiveWeight, row: Row, dims: Dims, dtype: torch.dtype) -> list[TensorInfo]:
     """The HF tensors of a weight, found by moving meta tensors through its layout."""
-    size = live.place[1] if live.axis is not None else 1
+    size = live.pieces
     shards = [torch.empty_like(live.tensor, device="meta") for _ in range(size)]
     parts = row.layout.split(row.layout.unshard(shards, live.axis), dims)
     return [

@@ -46,7 +46,7 @@ def fill_all(models: list[Any], supply: Supply) -> None:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors have in common that share their memory, also while they have none."""
+    """Key of a tensor's storage: equal for its views, and kept while it is resized to 0."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -83,7 +83,7 @@ class OnDemand:
         if not share.gathers:
             return []
         self.values(live.tensor)
-        return gather_shards(live, share.place)
+        return gather_shards(live, share.receiver)
 
     def release(self) -> None:
         """Take the memory of the weight in use back."""
@@ -116,7 +116,7 @@ class Whole:
 
         Collective for the ranks whose share gathers.
         """
-        return gather_shards(live, share.place) if share.gathers else []
+        return gather_shards(live, share.receiver) if share.gathers else []
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:

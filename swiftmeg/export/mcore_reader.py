@@ -62,7 +62,7 @@ class CheckpointSupply:
 
     def fill(self, live: LiveWeight) -> None:
         """Read one weight; UserError, naming entry or file, if it is not there or damaged."""
-        self._read(live, {live.place[0]: live.tensor})
+        self._read(live, {live.rank: live.tensor})
 
     def shards(self, live: LiveWeight) -> list[torch.Tensor]:
         """Read all shards of one weight; what they share in the checkpoint is read once."""
@@ -156,7 +156,7 @@ def _wanted(entry: ShardedTensor, live: LiveWeight, rank: int, shard: torch.Tens
     """Where `entry`, which describes this rank's shard, would be in another's; and its memory."""
     offsets = list(entry.global_offset)
     if live.axis is not None:
-        steps = rank - live.place[0]
+        steps = rank - live.rank
         offsets[entry.prepend_axis_num + live.axis] += steps * entry.local_shape[live.axis]
     view = entry.data.detach()
     start = view.storage_offset() - live.tensor.storage_offset() + shard.storage_offset()

@@ -46,14 +46,19 @@ class LiveWeight:
         return mpu.get_tensor_model_parallel_group()
 
     @property
-    def place(self) -> tuple[int, int]:
-        """This rank's number in `group`, and the group's size."""
-        return self.group.rank(), self.group.size()
+    def rank(self) -> int:
+        """This rank's number in `group`."""
+        return self.group.rank()
+
+    @property
+    def group_size(self) -> int:
+        """Ranks in `group`."""
+        return self.group.size()
 
     @property
     def pieces(self) -> int:
         """How many shards make the whole."""
-        return self.place[1] if self.axis is not None else 1
+        return self.group_size if self.axis is not None else 1
 
 
 def live_weights(models: list[Any]) -> Iterator[LiveWeight]:
@@ -97,7 +102,7 @@ def gather_shards(live: LiveWeight, receiver: int) -> list[torch.Tensor]:
 
     Replicated weights (`axis` None) travel nowhere.
     """
-    rank, size = live.place
+    rank, size = live.rank, live.group_size
     tensor = live.tensor.detach()
     if live.axis is None or size == 1:
         return [tensor.cpu()] if rank == receiver else []

@@ -1,4 +1,4 @@
-"""Who writes what: every rank that holds a weight can write it, and the work is shared evenly."""
+"""Assign every weight to one of the ranks that hold it, which writes it: evenly, by bytes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ class Share:
     """This rank's part in writing one of its weights."""
 
     gathers: bool
-    """It belongs to the replica that puts the weight together."""
-    place: int
-    """The number, in the weight's group, of the rank that receives the shards."""
+    """True on the ranks of the replica whose shards are gathered into the full weight."""
+    receiver: int
+    """Rank, within the weight's group, that receives the shards."""
     writes: bool
-    """It is that rank."""
+    """True on the rank that writes the weight."""
 
 
 @dataclass(frozen=True)
 class _Seat:
-    """Where a rank stands in every group that cuts or repeats weights."""
+    """A rank's number in every group that cuts or repeats weights."""
 
     rank: int
     stage: int
@@ -67,17 +67,17 @@ def _share_out(
 ) -> Iterator[Share]:
     experts = sorted({seat.expert for seat in seats})
     for live in weights:
-        size = live.tensor.nbytes * (live.place[1] if live.axis is not None else 1)
+        size = live.tensor.nbytes * live.pieces
         if live.routed:
             for expert in experts:
                 seat = _least([s for s in seats if s.expert == expert], load, size)
                 if expert == own.expert:
-                    writer, place = seat, seat.expert_tensor
+                    writer, receiver = seat, seat.expert_tensor
             gathers = writer.expert_replica == own.expert_replica
         else:
             writer = _least(seats, load, size)
-            place, gathers = writer.tensor, writer.replica == own.replica
-        yield Share(gathers, place, writer.rank == own.rank)
+            receiver, gathers = writer.tensor, writer.replica == own.replica
+        yield Share(gathers, receiver, writer.rank == own.rank)
 
 
 def _least(seats: list[_Seat], load: dict[int, int], size: int) -> _Seat:

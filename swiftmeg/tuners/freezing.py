@@ -87,9 +87,7 @@ def _first_share(weights: list[LiveWeight], ratio: float) -> range:
     """Indices of the parameters that lie whole within the first `ratio` of all weights."""
     if not ratio:
         return range(0)
-    sizes = torch.tensor(
-        [each.tensor.numel() * (1 if each.axis is None else each.place[1]) for each in weights]
-    )
+    sizes = torch.tensor([each.tensor.numel() * each.pieces for each in weights])
     return range(int((sizes.cumsum(0) <= sizes.sum() * ratio).sum()))
 
 

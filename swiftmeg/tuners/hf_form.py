@@ -138,7 +138,7 @@ def fill_adapters(
         if missing := [name for name in row.hf if name not in adapters.trained]:
             raise UserError(f"the adapter holds no {', '.join(missing)}")
         joined = row.layout.join([adapters.trained[name] for name in row.hf], dims)
-        live.tensor.copy_(row.layout.shard(joined, live.axis, *live.place))
+        live.tensor.copy_(row.layout.shard(joined, live.axis, live.rank, live.group_size))
         used.update(row.hf)
     taken: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(taken, used)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from swiftmeg import distributed
 from swiftmeg.args.resolve import read_args_file, write_args_file
-from swiftmeg.export.atomic_folder import take_place
+from swiftmeg.export.atomic_folder import publish
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layout import Dims
 from swiftmeg.tuners.hf_form import to_hf_form
@@ -27,7 +27,7 @@ def save_peft(models: list[Any], folder: Path, args: Any, model: HFModel, dims: 
         shutil.rmtree(unfinished, ignore_errors=True)
         write_folder(unfinished, adapters, args, base_folder(args, model), model)
         write_args_file(unfinished, args, {})
-        take_place(unfinished, folder)
+        publish(unfinished, folder)
     distributed.barrier()
 
 

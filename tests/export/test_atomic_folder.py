@@ -14,7 +14,7 @@ from swiftmeg.export import atomic_folder
 WRITER = """
 import sys
 from pathlib import Path
-from swiftmeg.export.atomic_folder import take_place
+from swiftmeg.export.atomic_folder import publish
 
 work = Path(sys.argv[1])
 for version in range(int(sys.argv[2]), 10**9):
@@ -23,7 +23,7 @@ for version in range(int(sys.argv[2]), 10**9):
     for name in ("config.json", "args.json", *(f"model-{i}.safetensors" for i in range(12))):
         (complete / name).write_text(str(version))
     print(version, flush=True)
-    take_place(complete, work / "model")
+    publish(complete, work / "model")
 """
 
 
@@ -67,7 +67,7 @@ def test_what_is_not_weights_comes_along(
         (old / name).write_text("old")
     for name in ("config.json", "model.safetensors"):
         (new / name).write_text("new")
-    atomic_folder.take_place(new, old)
+    atomic_folder.publish(new, old)
     found = sorted(entry.name for entry in old.iterdir())
     assert found == ["config.json", "iter_0000002", "logs", "model.safetensors"]
     assert (old / "config.json").read_text() == "new"
