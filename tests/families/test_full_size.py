@@ -86,9 +86,7 @@ def survey(folder: str, layout: Layout, first: int | None, last: int | None) -> 
             for live in live_weights(build_chunks(config, groups)):
                 assert live.name not in seen, f"{live.name} twice on rank {rank}"
                 seen.add(live.name)
-                holders[live.name].add(
-                    (live.rank, live.group_size) if live.axis is not None else (0, 1)
-                )
+                holders[live.name].add((live.rank if live.pieces > 1 else 0, live.pieces))
                 if live.name not in made:
                     infos = hf_tensors_of(live, plan[live.name], dims_of(namespace), torch.bfloat16)
                     made |= {info.name: info.shape for info in infos}
