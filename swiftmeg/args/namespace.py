@@ -109,6 +109,7 @@ def layout_attributes(
     """
     return {
         "vocab_size": megatron_args["vocab_size"],
+        "family_arguments": list(megatron_args),
         "padded_vocab_size": padded_vocab,
         "layer_backend": backend,
         "accumulate_inside_products": accumulate,

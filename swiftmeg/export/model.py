@@ -33,40 +33,24 @@ _SHAPES = (
     "add_qkv_bias",
     "qk_layernorm",
 )
-"""Arguments that decide which parameters a model has, and their shapes; compared where they are."""
+"""Arguments that decide which parameters a model has, and their shapes; compared in checkpoints of
+other programs, which may say the same model in other words."""
 
-_COMPUTATION = (
-    "multi_latent_attention",
-    "q_lora_rank",
-    "kv_lora_rank",
-    "qk_head_dim",
-    "qk_pos_emb_head_dim",
-    "v_head_dim",
-    "rotary_percent",
-    "rotary_interleaved",
-    "window_size",
-    "window_attn_skip_freq",
-    "softmax_type",
-    "quick_geglu",
-    "activation_func_clamp_value",
-    "glu_linear_offset",
-    "num_experts",
-    "moe_layer_freq",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_topk_scaling_factor",
-    "moe_router_enable_expert_bias",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "mtp_num_layers",
-    *(name for name in MODEL_SWITCHES if name != "router_fp32"),
+OVERRIDABLE = (
+    "max_position_embeddings",
+    "norm_epsilon",
+    "rotary_base",
+    "rope_type",
+    "rotary_scaling_factor",
+    "mscale_all_dim",
+    "attention_dropout",
+    "moe_router_load_balancing_type",
+    "router_fp32",
 )
-"""Arguments that decide what a model computes; compared in swiftmeg's own checkpoints. In others
-the same model may be said in other words."""
+"""Arguments of a model that a run may change: all others are compared in swiftmeg's checkpoints."""
+
+_ATTRIBUTES = {"apply_layernorm_1p": "layernorm_zero_centered_gamma"}
+"""Names in Megatron's namespace of arguments that have another one there."""
 
 
 def build_model(args: Any, model: HFModel) -> tuple[argparse.Namespace, list[Any]]:
@@ -149,21 +133,29 @@ def check_same_model(
             was.append(f"{name}={value}")
             now.append(f"{name}={wanted}")
 
-    for name in _SHAPES:
-        value = getattr(saved, name, None)
-        if name == "num_query_groups" and not getattr(saved, "group_query_attention", False):
-            value = None  # Megatron's own default, without a meaning
-        if value is not None:
-            compare(name, value)
     if hasattr(saved, "layer_backend"):
-        for name in _COMPUTATION:
+        for name in _defining(namespace, saved):
             if hasattr(saved, name):
                 compare(name, getattr(saved, name))
+    else:
+        for name in _SHAPES:
+            value = getattr(saved, name, None)
+            if name == "num_query_groups" and not getattr(saved, "group_query_attention", False):
+                value = None  # Megatron's own default, without a meaning
+            if value is not None:
+                compare(name, value)
     if was:
         raise UserError(
             f"{flag} {folder} holds a model with {', '.join(was)}, but --model {model.folder} says "
             f"{', '.join(now)}: name the model that the checkpoint comes from"
         )
+
+
+def _defining(namespace: argparse.Namespace, saved: Any) -> list[str]:
+    """What says which model it is: the arguments of both families but OVERRIDABLE."""
+    names = [*namespace.family_arguments, *getattr(saved, "family_arguments", ()), *MODEL_SWITCHES]
+    kept = [name for name in dict.fromkeys(names) if name not in OVERRIDABLE]
+    return [_ATTRIBUTES.get(name, name) for name in kept]
 
 
 def load_mcore(models: list[Any], folder: str | Path) -> None:

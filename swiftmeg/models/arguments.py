@@ -158,8 +158,23 @@ def _group_args(config: HFConfig, topk: int) -> dict[str, Any]:
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     if groups == chosen:
         return {}
-    if topk // chosen != 2:
-        raise refuse("topk_group", chosen, f"num_experts_per_tok // 2, {topk // 2},")
+    return group_args(config, topk, least=2)
+
+
+def group_args(config: HFConfig, topk: int, least: int) -> dict[str, Any]:
+    """Choice of `topk` experts in the `topk_group` best of `n_group` groups.
+
+    UserError unless the groups divide the experts, have `least` of them each, and those that are
+    chosen have `topk` together.
+    """
+    count = config.get("n_routed_experts") or config["num_local_experts"]
+    groups, chosen = config["n_group"], config["topk_group"]
+    if groups < 1 or count % groups or count // groups < least:
+        raise refuse("n_group", groups, f"a divisor of {count} experts that leaves {least} a group")
+    if not -(-topk * groups // count) <= chosen <= groups:
+        raise refuse(
+            "topk_group", chosen, f"as many groups as have {topk} experts, {groups} at most,"
+        )
     return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
 
 

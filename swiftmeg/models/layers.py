@@ -295,7 +295,7 @@ def _experts(
     submodules = layer.keywords["submodules"]
     submodules.router = partial(
         Router,
-        choice=choice_of(switches),
+        choice=choice_of(switches, config.moe_router_num_groups),
         has_bias=switches.expert_bias,
         fp32=switches.router_fp32,
     )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from swiftmeg.models.loss_sums import LOSSES
 from swiftmeg.models.router_losses import Samples
-from swiftmeg.models.routing import Choice
+from swiftmeg.models.routing import Choice, with_bias_on_softmax
 
 
 def token_marks(samples: Tensor, trained: Tensor, count: int) -> Tensor:
@@ -66,7 +66,7 @@ class Router(TopKRouter):
             bias.sequence_parallel = self.config.sequence_parallel
             self.bias = bias
         self.choice = choice
-        if choice is not None:
+        if choice is with_bias_on_softmax:
             self.score_function = "softmax"
         if self.get_aux_loss_coeff("global_aux_loss") > 0:
             even = torch.full_like(self.global_tokens_per_expert, 1.0 / self.num_experts)

@@ -273,6 +273,9 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
                 "num_key_value_heads": 4,
                 "n_routed_experts": 6,
                 "n_shared_experts": 2,
+                "n_group": 2,
+                "topk_group": 1,
+                "num_experts_per_tok": 3,
                 "first_k_dense_replace": 1,
                 "norm_topk_prob": True,
                 "routed_scaling_factor": 2.5,
@@ -303,6 +306,8 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
             | {
                 "n_routed_experts": 6,
                 "n_shared_experts": 1,
+                "n_group": 3,
+                "topk_group": 2,
                 "first_k_dense_replace": 1,
                 "routed_scaling_factor": 2.5,
                 "attention_bias": True,
@@ -323,6 +328,10 @@ SPECIMENS: dict[str, dict[str, Specimen]] = {
             "Glm4MoeLiteConfig",
             {k: v for k, v in _V3.items() if k != "first_k_dense_replace"}
             | {
+                "topk_group": 3,
+                "n_routed_experts": 8,
+                "n_group": 4,
+                "num_experts_per_tok": 5,
                 "mlp_layer_types": ["dense", "sparse", "dense", "sparse"],
                 "rms_norm_eps": 1e-2,  # not that of the latent norms
             },

@@ -6,6 +6,7 @@ from swiftmeg.models.arguments import (
     dense_args,
     dense_then_experts,
     expert_args,
+    group_args,
     latent_attention_args,
     refuse,
     shared_size,
@@ -28,11 +29,7 @@ def _router_args(config: HFConfig) -> dict[str, Any]:
         return args
     if method != "group_limited_greedy":
         raise refuse("topk_method", method, "greedy or group_limited_greedy")
-    return args | {
-        "moe_router_num_groups": config["n_group"],
-        "moe_router_group_topk": config["topk_group"],
-        "router_best_of_group": True,
-    }
+    return args | group_args(config, topk, least=1) | {"router_best_of_group": True}
 
 
 def to_args(config: HFConfig) -> dict[str, Any]:
