@@ -1,7 +1,6 @@
 """The arguments of each command."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from swiftmeg.args.architecture import OverrideArguments, ShapeArguments
 from swiftmeg.args.megatron import LoopArguments, MegatronArguments
@@ -20,6 +19,7 @@ from swiftmeg.args.moe import (
     PredictionArguments,
     PredictionLossArguments,
 )
+from swiftmeg.args.preference import PreferenceArguments, ReferenceArguments, RlhfType
 from swiftmeg.args.tuner import FreezingArguments, LoraArguments
 from swiftmeg.args.unsupported import (
     PlannedArguments,
@@ -61,6 +61,16 @@ class PtArguments(SftArguments):
 
 
 @dataclass
+class RlhfArguments(PreferenceArguments, ReferenceArguments, SftArguments):
+    """megatron rlhf: train on preferences, given as pairs of a chosen and a rejected answer."""
+
+    loss_scale: str | None = "last_round"
+    """Which turns are answers: those from the first that differs; see data.md."""
+    calculate_per_token_loss: bool = False
+    """The loss is a mean over the pairs of the global batch; true is refused."""
+
+
+@dataclass
 class InspectionArguments:
     """Inspection"""
 
@@ -70,13 +80,18 @@ class InspectionArguments:
     """Rows that are printed."""
     inspect_output: str = "data_lengths.png"
     """File of the drawing."""
-    rlhf_type: Literal["dpo"] | None = None
-    """dpo: make pairs of a chosen and a rejected answer of rows that have both."""
 
 
 @dataclass
-class PrepareArguments(InspectionArguments, SftArguments):
+class PrepareArguments(InspectionArguments, RlhfArguments):
     """megatron data: prepare the data of a training command, whose flags it takes."""
+
+    rlhf_type: RlhfType | None = None
+    """dpo: make pairs of a chosen and a rejected answer of rows that have both."""
+    loss_scale: str | None = None
+    """Which tokens are trained."""
+    calculate_per_token_loss: bool = True
+    """Divide the summed loss once by the trained tokens of the global batch."""
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Flags from a file: `--config run.yaml`, or a first word that ends in .yaml, .yml or .json."""
 
 import json
-from collections.abc import MutableMapping
+from collections.abc import Collection, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,15 @@ def split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return (files[0] if files else None), rest
 
 
-def config_words(file: str) -> list[str]:
-    """The flags that `file` holds, as words of a command line; null leaves a flag out."""
+def config_words(file: str, nullable: Collection[str] = ()) -> list[str]:
+    """The flags that `file` holds, as words of a command line; null leaves a flag out.
+
+    Null is a value of the flags `nullable`, whose default is another.
+    """
     words: list[str] = []
     for name, value in _read(file).items():
+        if value is None and name.replace("-", "_") in nullable:
+            value = "null"
         if name == ENVIRONMENT or value is None:
             continue
         values = value if isinstance(value, list) else [value]

@@ -7,7 +7,12 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from swiftmeg.args.aliases import NEGATED, aliases_of
-from swiftmeg.args.commands import ExportArguments, PtArguments, SftArguments
+from swiftmeg.args.commands import (
+    ExportArguments,
+    PtArguments,
+    RlhfArguments,
+    SftArguments,
+)
 from swiftmeg.args.flags import field_docs
 from swiftmeg.args.unsupported import default_of, planned_flags, refusal
 
@@ -33,8 +38,11 @@ def document() -> str:
     """The whole page."""
     parts = [HEAD, "## `megatron sft` and `megatron pt`\n"]
     parts += _groups(SftArguments, set())
-    parts += ["`megatron pt` has other defaults:\n", _changed_defaults()]
+    parts += ["`megatron pt` has other defaults:\n", _changed_defaults(PtArguments)]
     shared = {each.name for each in dataclasses.fields(SftArguments)}
+    parts += ["## `megatron rlhf`\n", "Beside the flags of `megatron sft`:\n"]
+    parts += _groups(RlhfArguments, shared)
+    parts += ["It has other defaults:\n", _changed_defaults(RlhfArguments)]
     parts += ["## `swift export`\n", "Beside what it shares with training:\n"]
     parts += _groups(ExportArguments, shared - _own(ExportArguments))
     parts += ["## Without effect yet\n", _planned()]
@@ -98,10 +106,13 @@ def _default(each: dataclasses.Field[Any]) -> str:
     return f"`{value if isinstance(value, str) and value else json.dumps(value)}`"
 
 
-def _changed_defaults() -> str:
-    pairs = zip(dataclasses.fields(SftArguments), dataclasses.fields(PtArguments), strict=True)
+def _changed_defaults(cls: type[Any]) -> str:
+    """A line for each flag of `megatron sft` whose default is another for `cls`."""
+    theirs = {each.name: each for each in dataclasses.fields(cls)}
     return "".join(
-        f"- `{pt.name}`: {_default(pt)}\n" for sft, pt in pairs if default_of(sft) != default_of(pt)
+        f"- `{each.name}`: {_default(theirs[each.name])}\n"
+        for each in dataclasses.fields(SftArguments)
+        if default_of(each) != default_of(theirs[each.name])
     )
 
 

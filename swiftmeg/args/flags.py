@@ -14,6 +14,7 @@ import json
 import re
 import textwrap
 import types
+from collections.abc import Callable
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from swiftmeg.args.aliases import aliases_of, merge_aliases
@@ -21,6 +22,8 @@ from swiftmeg.args.config import TRUE, config_words, split_config
 from swiftmeg.errors import UserError
 
 _FALSE = {"false", "no", "off", "0"}
+NULL = {"null", "none"}
+"""Words that mean no number, where a flag can do without."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,12 +76,17 @@ def _number(kind: type) -> Any:
     return convert
 
 
+def _or_null(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text.lower() in NULL else convert(text)
+
+
 def _argparse_type(annotation: Any) -> dict[str, Any]:
     """Translate a field annotation into add_argument's keywords."""
     origin, members = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         (inner,) = (member for member in members if member is not type(None))
-        return _argparse_type(inner)
+        known = _argparse_type(inner)
+        return known | {"type": _or_null(known["type"])} if inner in (int, float) else known
     if origin is Literal:
         return {"choices": list(members), "type": type(members[0])}
     if origin is list:
@@ -92,6 +100,18 @@ def _argparse_type(annotation: Any) -> dict[str, Any]:
     if annotation in (int, float):
         return {"type": _number(annotation), "metavar": annotation.__name__.upper()}
     return {"type": str, "metavar": "STR"}
+
+
+def _nullable(cls: type) -> set[str]:
+    """Fields that can be null and are something else by default."""
+    hints = get_type_hints(cls)
+    return {
+        each.name
+        for each in dataclasses.fields(cls)
+        if each.default not in (None, dataclasses.MISSING)
+        and type(None) in get_args(hints[each.name])
+        and not {int, float}.isdisjoint(get_args(hints[each.name]))
+    }
 
 
 def _owners(cls: type) -> dict[str, type]:
@@ -153,7 +173,9 @@ def parse_flags(cls: type, argv: list[str], prog: str) -> dict[str, Any]:
     """
     file, argv = split_config(argv)
     if file is not None:
-        return parse_flags(cls, config_words(file), file) | parse_flags(cls, argv, prog)
+        return parse_flags(cls, config_words(file, _nullable(cls)), file) | parse_flags(
+            cls, argv, prog
+        )
     seen: set[str] = set()
     for word in argv:
         if not word.startswith("--"):

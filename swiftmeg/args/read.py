@@ -5,10 +5,12 @@ from typing import Any
 
 from swiftmeg import platform
 from swiftmeg.args.architecture import OVERRIDES, with_overrides
+from swiftmeg.args.commands import RlhfArguments
 from swiftmeg.args.flags import parse_flags
 from swiftmeg.args.model import DataArguments
 from swiftmeg.args.moe import complete_experts
 from swiftmeg.args.plugins import load_plugins
+from swiftmeg.args.preference_rules import settle_preference
 from swiftmeg.args.resolve import read_args_file, resolve
 from swiftmeg.args.tuner import named_by_peft, recorded
 from swiftmeg.args.unsupported import check_planned
@@ -52,6 +54,8 @@ def read_command(
         layers += [("the adapter", named_by_peft(given["adapters"][0]))]
     args, sources = resolve(cls, given, layers + inherited(folder, given))
     check_planned(args)
+    if isinstance(args, RlhfArguments):
+        settle_preference(args, sources)
     load_plugins(args)
     return args, sources, read_named_model(args)
 

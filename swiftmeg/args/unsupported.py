@@ -16,28 +16,6 @@ class PlannedFlags:
 
 
 @dataclass
-class PreferenceArguments(PlannedFlags):
-    """Preference training (megatron rlhf)"""
-
-    rlhf_type: Literal["dpo"] | None = None
-    """Which algorithm."""
-    ref_load: str | None = None
-    """Megatron checkpoint of the reference model."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference model."""
-    rpo_alpha: float = 1.0
-    """Weight of the chosen answer's likelihood."""
-    reference_free: bool = False
-    """Take a uniform distribution for the reference model."""
-    label_smoothing: float = 0.0
-    """Share of preferences taken to be wrong."""
-    f_divergence_type: str = "reverse_kl"
-    """Divergence from the reference model."""
-    loss_type: str = "sigmoid"
-    """Form of the DPO loss."""
-
-
-@dataclass
 class PlannedDataArguments(PlannedFlags):
     """Further data options"""
 
@@ -99,7 +77,6 @@ class PlannedTunerArguments(PlannedFlags):
 
 @dataclass
 class PlannedArguments(
-    PreferenceArguments,
     PlannedDataArguments,
     PlannedModelArguments,
     PlannedTunerArguments,
@@ -114,8 +91,6 @@ OFF: dict[str, tuple[Any, ...]] = {
 """Values that mean "off" beside the default."""
 
 REASONS = {
-    "rlhf_type": "there is no megatron rlhf yet: megatron sft and megatron pt are there",
-    "loss_type": "preference training is not supported yet; it will start with sigmoid alone",
     "packing_cache": "packing needs no folder of its own; tokenised rows are kept in "
     "$SWIFTMEG_CACHE: drop it",
     "cached_dataset": "tokenised rows are kept in $SWIFTMEG_CACHE: name the rows by --dataset",

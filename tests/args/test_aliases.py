@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from swiftmeg.args.aliases import ALIASES, NEGATED
-from swiftmeg.args.commands import ExportArguments, SftArguments
+from swiftmeg.args.commands import ExportArguments, RlhfArguments
 from swiftmeg.args.flags import parse_flags
 from swiftmeg.errors import UserError
 
@@ -15,7 +15,7 @@ VALUES: dict[str, Any] = {"megatron_extra_kwargs": '{"a": 1}', "tuner_type": "lo
 
 
 def parse(*words: str) -> dict[str, Any]:
-    return parse_flags(SftArguments, list(words), "megatron sft")
+    return parse_flags(RlhfArguments, list(words), "megatron rlhf")
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -54,6 +54,6 @@ def test_a_field_of_the_same_name_keeps_its_meaning() -> None:
 
 
 def test_every_alias_has_a_field() -> None:
-    fields = {each.name for each in dataclasses.fields(SftArguments)}
+    fields = {each.name for each in dataclasses.fields(RlhfArguments)}
     assert set((ALIASES | NEGATED).values()) <= fields
     assert not set(ALIASES | NEGATED) & fields

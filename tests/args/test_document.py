@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from swiftmeg.args.commands import SftArguments
+from swiftmeg.args.commands import RlhfArguments
 from swiftmeg.args.document import document
 from swiftmeg.args.flags import field_docs
 
@@ -15,4 +15,4 @@ def test_the_page_is_up_to_date() -> None:
 
 def test_every_flag_is_on_the_page() -> None:
     page = document()
-    assert all(f"| `{name}` |" in page for name in field_docs(SftArguments))
+    assert all(f"| `{name}` |" in page for name in field_docs(RlhfArguments))
