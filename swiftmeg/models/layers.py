@@ -32,6 +32,7 @@ from megatron.core.transformer.transformer_layer import (
 from swiftmeg import platform
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import LayerSwitches
+from swiftmeg.models.attention_kernel import Attention, kernel_for
 from swiftmeg.models.linear_attention import GatedDeltaNet, GatedDeltaNetSubmodules
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
@@ -211,11 +212,13 @@ def _attention(
     row = provider.row_parallel_linear()
     row = _biased(row) if switches.attention_output_bias else row
     params = {"attn_mask_type": AttnMaskType.causal}
+    backend = "native" if isinstance(provider, NativeSpecProvider) else "transformer_engine"
+    core_attention = kernel_for(Attention.of(config, backend)).module()
     if config.multi_latent_attention:
         return ModuleSpec(
             module=LatentAttention,
             params=params,
-            submodules=latent_attention_submodules(provider, row),
+            submodules=latent_attention_submodules(provider, core_attention, row),
         )
     fused = provider.column_parallel_layer_norm_linear() if switches.norm_before else None
     q_norm, k_norm = _qk_norms(config, provider, switches)
@@ -224,7 +227,7 @@ def _attention(
         params=params,
         submodules=SelfAttentionSubmodules(
             linear_qkv=fused or provider.column_parallel_linear(),
-            core_attention=_core_attention(config, provider),
+            core_attention=core_attention,
             linear_proj=row,
             q_layernorm=q_norm,
             k_layernorm=k_norm,
@@ -241,17 +244,6 @@ def _delta_net(provider: BackendSpecProvider) -> ModuleSpec:
             out_proj=provider.row_parallel_linear(),
         ),
     )
-
-
-def _core_attention(config: TransformerConfig, provider: BackendSpecProvider) -> Any:
-    """Attention between the projections.
-
-    It is native where what TransformerEngine's kernels can do depends on cuDNN's version, packing
-    and context parallelism: with sinks, and with windows in sequences that ranks share.
-    """
-    sinks = config.softmax_type != "vanilla"
-    shared_windows = config.window_size is not None and config.context_parallel_size > 1
-    return (NativeSpecProvider() if sinks or shared_windows else provider).core_attention()
 
 
 def _qk_norms(

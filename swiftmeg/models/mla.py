@@ -13,21 +13,17 @@ from megatron.core.transformer.multi_latent_attention import (
 )
 from torch import Tensor
 
-from swiftmeg.models.native.attention import DotProductAttention
-
 NORM_EPSILON = 1e-6
 """Of the norms of compressed queries and keys, in DeepSeek's code and in transformers': whatever
 config.json says for the others."""
 
 
 def latent_attention_submodules(
-    provider: BackendSpecProvider, linear_proj: Any
+    provider: BackendSpecProvider, core_attention: type, linear_proj: Any
 ) -> MLASelfAttentionSubmodules:
-    """What latent attention is made of in both backends.
+    """The submodules of latent attention in both backends.
 
-    Norms stand alone, every rank holds the down projections whole, and attention itself is native:
-    TransformerEngine's (2.20.2, cuDNN 9.14, H100) gave packed sequences other losses, and gradients
-    47% away from those of float32 and of padded batches, which agree (`tests/gpu/matrix.py`).
+    Norms stand alone, and every rank holds the down projections whole.
     """
     column = provider.column_parallel_linear()
     down = provider.linear()
@@ -38,7 +34,7 @@ def latent_attention_submodules(
         linear_q_up_proj=column,
         linear_kv_down_proj=down,
         linear_kv_up_proj=column,
-        core_attention=DotProductAttention,
+        core_attention=core_attention,
         linear_proj=linear_proj,
         q_layernorm=norm,
         kv_layernorm=norm,

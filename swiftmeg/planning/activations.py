@@ -8,6 +8,8 @@ attention (which keeps no score matrix), and the input of the activation.
 import argparse
 from dataclasses import dataclass
 
+from swiftmeg.models.attention_kernel import Attention, Extent, kernel_for
+
 
 @dataclass(frozen=True)
 class LayerBytes:
@@ -69,8 +71,7 @@ def _attention(args: argparse.Namespace) -> list[_Part]:
     size, tp = element_size(args), args.tensor_model_parallel_size
     stream = stream_bytes(args)
     heads = args.num_attention_heads / tp
-    # One fp32 logarithm of a sum per head is all that fused attention keeps beside its tensors.
-    parts = [_Part("stream", stream), _Part("core_attn", 4 * heads + _masked(args, heads))]
+    parts = [_Part("stream", stream), _Part("core_attn", _core_attention_bytes(args))]
     if args.multi_latent_attention:
         width = args.qk_head_dim + args.qk_pos_emb_head_dim
         latent = 2 * ((args.q_lora_rank or 0) + args.kv_lora_rank) / _sequence_parts(args)
@@ -96,21 +97,12 @@ def _attention(args: argparse.Namespace) -> list[_Part]:
     return [*parts, _Part("normed", stream), _Part("attention", projected + queries)]
 
 
-def _masked(args: argparse.Namespace, heads: float) -> float:
-    """What native attention adds for sinks, and for windows where no kernel knows them.
-
-    A mask over a token's keys, at most a whole sequence, as booleans and in the dtype of the
-    scores; with sinks, wider copies of queries, keys and values besides.
-    """
-    sinks = args.softmax_type != "vanilla"
-    native = args.layer_backend == "native" or args.context_parallel_size > 1
-    masked = native and args.window_size is not None
-    if not sinks and not (masked and (args.padded_batches or element_size(args) == 4)):
-        return 0.0
-    size = element_size(args)
-    rows = args.micro_batch_size if args.padded_batches else 1  # they share a mask
-    mask = args.seq_length * (1 + size) / rows
-    return mask + (size * heads * (3 * args.kv_channels + 16) if sinks else 0.0)
+def _core_attention_bytes(args: argparse.Namespace) -> float:
+    """Bytes per token that the attention kernel keeps, beside queries, keys, values and output."""
+    asked = Attention.of(args, args.layer_backend, packed=not args.padded_batches)
+    rows = args.micro_batch_size if args.padded_batches else 1
+    heads = args.num_attention_heads / args.tensor_model_parallel_size
+    return kernel_for(asked).bytes(asked, Extent(heads, args.seq_length, rows, element_size(args)))
 
 
 def _mlp(args: argparse.Namespace) -> list[_Part]:

@@ -33,6 +33,7 @@ def namespace(**changes: Any) -> Any:
         "recompute_num_layers": None,
         "recompute_modules": None,
         "multi_latent_attention": False,
+        "attention_dropout": 0.0,
         "softmax_type": "vanilla",
         "window_size": None,
         "context_parallel_size": 1,

@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
+from swiftmeg.models.attention_kernel import VARLEN, Attention, AttentionKernel, kernel_for
 from swiftmeg.models.context import gather
 
 
@@ -123,7 +124,7 @@ class DotProductAttention(MegatronModule):
             both = gather(torch.cat([key, value], dim=-1), borders, self._group())
             key, value = both.split(split, dim=-1)
         key, value = self._repeat(query, key, value)
-        if packed and self._has_varlen(query, value):
+        if self._kernel(query, value, packed) is VARLEN:
             return self._varlen(query, key, value, packed_seq_params).flatten(-2)
         if packed:
             query, key, value = (x[:, None] for x in (query, key, value))
@@ -164,11 +165,22 @@ class DotProductAttention(MegatronModule):
                 out.append(self._attend(q, k, v, None).permute(2, 0, 1, 3))
         return torch.cat(out)
 
-    def _has_varlen(self, query: Tensor, value: Tensor) -> bool:
-        """Whether one kernel can do all segments."""
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        plain = not self._drops() and self.softmax_offset is None
-        return query.is_cuda and half and plain and query.shape[-1] == value.shape[-1]
+    def _kernel(self, query: Tensor, value: Tensor, packed: bool) -> AttentionKernel:
+        """The kernel for queries [..., d] and values [..., v]."""
+        return kernel_for(
+            Attention(
+                backend="native",
+                device=query.device.type,
+                half=query.dtype in (torch.float16, torch.bfloat16),
+                packed=packed,
+                key_size=query.shape[-1],
+                value_size=value.shape[-1],
+                sinks=self.softmax_offset is not None,
+                windows=self.window is not None,
+                context_parallel=self.cp_size > 1,
+                dropout=self._drops(),
+            )
+        )
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
