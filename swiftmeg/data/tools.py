@@ -7,6 +7,8 @@ from typing import Any
 from swiftmeg.data.standard_row import RowError
 from swiftmeg.data.turns import Message
 
+_CALLING = ("assistant", "tool_call")
+
 
 def parse_tools(tools: str | list[Any] | None) -> list[Any] | None:
     """Parse the `tools` column: JSON text of a list of tool schemas. Raises RowError."""
@@ -28,17 +30,43 @@ def to_chat(messages: Sequence[Message]) -> list[Message]:
     Consecutive `tool_call` messages (JSON text with name and arguments) become the `tool_calls`
     of one assistant message, and `tool_response` becomes the role `tool`. Raises RowError.
     """
-    chat: list[Message] = []
+    return [_chat_message(parts) for parts in _grouped(messages)]
+
+
+def loss_wishes(messages: Sequence[Message]) -> list[list[bool | None]]:
+    """Return for each message of `to_chat` whether its parts are to be trained, where that is said.
+
+    The parts are its text, unless it consists of calls alone, and its tool calls.
+    """
+    return [[part.get("loss") for part in parts] for parts in _grouped(messages)]
+
+
+def _grouped(messages: Sequence[Message]) -> list[list[Message]]:
+    """Put tool calls to each other, and to the assistant's text before them."""
+    groups: list[list[Message]] = []
     for message in messages:
-        role, content = message["role"], message["content"]
-        if role == "tool_call":
-            if not chat or chat[-1]["role"] != "assistant":
-                chat.append({"role": "assistant", "content": ""})
-            chat[-1].setdefault("tool_calls", []).append(_tool_call(content))
+        if message["role"] == "tool_call" and groups and groups[-1][0]["role"] in _CALLING:
+            groups[-1].append(message)
         else:
-            role = "tool" if role == "tool_response" else role
-            chat.append({"role": role, "content": content})
-    return chat
+            groups.append([message])
+    return groups
+
+
+def _chat_message(parts: Sequence[Message]) -> Message:
+    first = parts[0]
+    role = {"tool_call": "assistant", "tool_response": "tool"}.get(first["role"], first["role"])
+    if first["role"] == "tool_call":
+        return {"role": role, "content": "", "tool_calls": [_tool_call(part) for part in parts]}
+    message = {"role": role, "content": first["content"], **_extra(first)}
+    if len(parts) > 1:
+        message["tool_calls"] = [_tool_call(part) for part in parts[1:]]
+    return message
+
+
+def _extra(message: Message) -> Message:
+    """What a standard message holds beside role and content for the template."""
+    known = ("role", "content", "loss")
+    return {k: v for k, v in message.items() if k not in known and v is not None}
 
 
 def check_answered(chat: Sequence[Message]) -> None:
@@ -49,7 +77,8 @@ def check_answered(chat: Sequence[Message]) -> None:
         raise RowError("the last message is not the assistant's", chat[-1]["role"])
 
 
-def _tool_call(content: str) -> dict[str, Any]:
+def _tool_call(message: Message) -> dict[str, Any]:
+    content = message["content"]
     try:
         call = json.loads(content)
         arguments = call.get("arguments") or {}
@@ -58,4 +87,4 @@ def _tool_call(content: str) -> dict[str, Any]:
         function = {"name": call["name"], "arguments": arguments}
     except (ValueError, KeyError, AttributeError, RecursionError):
         raise RowError("tool_call is not JSON with name and arguments", content[:80]) from None
-    return {"type": "function", "function": function}
+    return {**_extra(message), "type": "function", "function": function}

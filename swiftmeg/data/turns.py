@@ -6,6 +6,7 @@ the conversation: what the template adds after `messages[:k]` plus the generatio
 not rendered as a prefix of the text, the place would be a guess, and the conversation is refused.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ Render = Callable[[Sequence[Message], bool], str]
 # Private-use characters: no template treats them specially and no text is expected to hold them.
 _PROBE = "\ue0f1probe\ue0f2"
 _THINK_END = "</think>"
+
+REASONING = {"reasoning_content", "reasoning", "thinking"}
+"""The names under which templates know the thinking that led to a message's content."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,51 @@ class Turn:
     trained: bool = True
 
 
-def assistant_turns(
+def find_turns(
     messages: Sequence[Message],
+    indices: Sequence[int],
     render: Render,
     end_tokens: tuple[str, ...],
-    last_only: bool = False,
 ) -> tuple[str, list[Turn]]:
-    """Return the text of the conversation and its assistant turns in order.
+    """Return the text of the conversation and where in it the messages at `indices` are.
 
-    `end_tokens` are the texts of the tokens that may close a turn, which then ends right behind
-    that token. Raises UserError if the template renders the conversation in a way that leaves the
-    turns ambiguous.
+    Of an assistant's message that is what the model must produce, of another its content and the
+    token behind that. `end_tokens` are the texts of the tokens that may close a turn, which then
+    ends right behind that token. Raises UserError if the template renders the conversation in a
+    way that leaves the turns ambiguous.
     """
     text = render(messages, False)
-    indices = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    if last_only:
-        indices = indices[-1:]
-    return text, [_locate(messages, k, text, render, end_tokens) for k in indices]
+    turns = []
+    for k in indices:
+        locate = _locate if messages[k]["role"] == "assistant" else _locate_content
+        turns.append(locate(messages, k, text, render, end_tokens))
+    return text, turns
+
+
+def part_borders(
+    messages: Sequence[Message], k: int, text: str, turn: Turn, count: int, render: Render
+) -> list[int]:
+    """Return where in `text` all but the first of the `count` parts of assistant message k begin:
+    its text, unless it consists of calls alone, and its tool calls.
+
+    A call begins where the message with it differs from the message without it.
+    """
+    message = messages[k]
+    calls, so_far = message["tool_calls"], render(messages[: k + 1], False)
+    if not text.startswith(so_far):
+        raise _ambiguous(messages, k, "is not rendered as it would be generated")
+    borders = []
+    for before in range(len(calls) - count + 1, len(calls)):
+        fewer = {key: value for key, value in message.items() if key != "tool_calls"}
+        if before:
+            fewer["tool_calls"] = calls[:before]
+        without = render([*messages[:k], fewer], False)
+        pairs = zip(so_far, without, strict=False)
+        border = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        while border > turn.start and text[border - 1] in "<[":  # of markup in both
+            border -= 1
+        borders.append(max(border, turn.start))
+    return borders
 
 
 def _locate(
@@ -64,7 +96,7 @@ def _locate(
     if text.startswith(prompt) and text.startswith(so_far) and len(prompt) <= len(so_far):
         return Turn(len(prompt), _closed(text, len(prompt), len(so_far), end_tokens))
     if k == len(messages) - 1:
-        raise _ambiguous(k, "does not begin with the template's generation prompt")
+        raise _ambiguous(messages, k, "does not begin with the template's generation prompt")
     return _rewritten_turn(messages, k, text, prompt, render, end_tokens)
 
 
@@ -77,11 +109,10 @@ def _rewritten_turn(
     end_tokens: tuple[str, ...],
 ) -> Turn:
     """Locate an earlier turn that is rendered unlike a last turn, as thinking templates do."""
-    before, after = _surroundings(messages, k, render)
-    start, end = len(before), len(text) - len(after)
-    if not (text.startswith(before) and text.endswith(after) and start <= end):
-        raise _ambiguous(k, "changes the text of other turns")
+    start, end = _content(messages, k, text, render)
     shown, content = text[start:end].strip(), messages[k]["content"].strip()
+    if shown == content and REASONING & messages[k].keys():
+        return Turn(start, end, trained=False)
     if shown == content and text.startswith(prompt) and len(prompt) <= start:
         return Turn(len(prompt), _end_after(messages, k, text, end, render, end_tokens))
     if _THINK_END in content and shown == content.rpartition(_THINK_END)[2].strip():
@@ -89,7 +120,23 @@ def _rewritten_turn(
     context = render(messages[:k], False) if k else ""
     if shown == content and text.startswith(context) and "<think>" in prompt[len(context) :]:
         return Turn(start, end, trained=False)
-    raise _ambiguous(k, "is not rendered as it would be generated")
+    raise _ambiguous(messages, k, "is not rendered as it would be generated")
+
+
+def _locate_content(
+    messages: Sequence[Message], k: int, text: str, render: Render, end_tokens: tuple[str, ...]
+) -> Turn:
+    start, end = _content(messages, k, text, render)
+    return Turn(start, _end_after(messages, k, text, end, render, end_tokens))
+
+
+def _content(messages: Sequence[Message], k: int, text: str, render: Render) -> tuple[int, int]:
+    """Return where the content of message k is in the text of the conversation."""
+    before, after = _surroundings(messages, k, render)
+    start, end = len(before), len(text) - len(after)
+    if not (text.startswith(before) and text.endswith(after) and start <= end):
+        raise _ambiguous(messages, k, "changes the text of other turns")
+    return start, end
 
 
 def _surroundings(messages: Sequence[Message], k: int, render: Render) -> tuple[str, str]:
@@ -97,7 +144,7 @@ def _surroundings(messages: Sequence[Message], k: int, render: Render) -> tuple[
     probed = [*messages[:k], {**messages[k], "content": _PROBE}, *messages[k + 1 :]]
     parts = render(probed, False).split(_PROBE)
     if len(parts) != 2:
-        raise _ambiguous(k, f"shows its content {len(parts) - 1} times")
+        raise _ambiguous(messages, k, f"shows its content {len(parts) - 1} times")
     return parts[0], parts[1]
 
 
@@ -129,12 +176,12 @@ def _end_after(
     for token in end_tokens:  # some templates close the last turn with another token
         if text.startswith(token, end):
             return end + len(token)
-    raise _ambiguous(k, "is closed neither as a last turn nor by an added token")
+    raise _ambiguous(messages, k, "is closed neither as a last turn nor by an added token")
 
 
-def _ambiguous(k: int, why: str) -> UserError:
+def _ambiguous(messages: Sequence[Message], k: int, why: str) -> UserError:
     return UserError(
-        f"chat template: message {k + 1} (assistant) {why}, so the tokens to train cannot be told "
-        "apart: use --loss_scale last_round if only earlier turns are concerned, or choose "
-        "another template with --template"
+        f"chat template: message {k + 1} ({messages[k]['role']}) {why}, so the "
+        "tokens to train cannot be told apart: use --loss_scale last_round if only earlier turns "
+        "are concerned, or choose another template with --template"
     )

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from swiftmeg.args.infer import InferArguments
 from swiftmeg.data.sources.load import load_rows
-from swiftmeg.data.standard_row import Drops, Row, RowError
+from swiftmeg.data.standard_row import Drops, Row, RowError, messages_of
 from swiftmeg.data.turns import Message
 from swiftmeg.errors import UserError
 from swiftmeg.inference.engine import Engine
@@ -81,7 +81,7 @@ def answer_rows(engine: Engine, rows: list[Row], results: ResultFile, args: Infe
 
 def _questions(engine: Engine, rows: list[Row], drops: Drops, strict: bool) -> Iterator[Question]:
     for row in rows:
-        messages, label = list(row["messages"]), None
+        messages, label = messages_of(row), None
         if messages[-1]["role"] == "assistant":
             label = messages.pop()["content"]
         try:

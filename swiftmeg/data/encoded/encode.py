@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from swiftmeg.data.encoded.tokens import (
 from swiftmeg.data.parallel import map_chunks
 from swiftmeg.data.standard_row import Drops, RowTooLong, plain_rows
 from swiftmeg.data.template.pairs import Pair, PairTemplate
-from swiftmeg.data.template.template import Encoded, Template
+from swiftmeg.data.template.template import UNSHOWN_REASONING, Encoded, Template
 from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4  # raise it when the same row would be encoded otherwise than before
+_FORMAT = 5  # raise it when the same row would be encoded otherwise than before
 _CHUNK = 500
 _HASHED = 10_000
 _LARGE = 64 * 2**20  # bytes
 _PROGRESS_SECONDS = 30
+
+_Outcome = tuple[EncodedChunk, Drops, Counter[str]]
 
 
 def encode_rows(
@@ -93,7 +96,7 @@ def _encoded_folder(
     )
     account = json.loads((folder / "account.json").read_text(encoding="utf-8"))
     drops = Drops.from_json(account["drops"])
-    if strict and account["bad_rows"]:
+    if strict and account.get("bad_rows"):
         raise UserError(f"--strict true: {account['bad_rows']} rows cannot be used: {drops}")
     kept = len(rows) - drops.total
     logger.info("%s (%s)", _summary(len(rows), kept, drops, account), folder)
@@ -167,27 +170,26 @@ def _pass[Result](
 def _write(
     rows: Dataset, template: Template | PairTemplate, num_proc: int, strict: bool, folder: Path
 ) -> None:
-    def work(start: int) -> tuple[EncodedChunk, Drops, int, int]:
+    def work(start: int) -> _Outcome:
         return _encode_chunk(rows, template, start, strict)
 
-    drops, bad_rows, context_only = Drops(), 0, 0
+    drops, counts = Drops(), Counter[str]()
     results = _pass(rows, work, _CHUNK, num_proc)
     with TokenWriter(folder, weighted=template.weighted) as writer:
-        for chunk, dropped, bad, untrained in _progress(results, len(rows)):
+        for chunk, dropped, counted in _progress(results, len(rows)):
             writer.write(chunk)
             drops.merge(dropped)
-            bad_rows += bad
-            context_only += untrained
-    account = {"drops": drops.to_json(), "bad_rows": bad_rows, "context_only": context_only}
+            counts.update(counted)
+    account = {"drops": drops.to_json(), **counts}
     (folder / "account.json").write_text(json.dumps(account), encoding="utf-8")
 
 
 def _encode_chunk(
     rows: Dataset, template: Template | PairTemplate, start: int, strict: bool
-) -> tuple[EncodedChunk, Drops, int, int]:
-    """Encode up to `_CHUNK` rows; return them, the drops, how many of those are bad rows (not
-    merely too long) and how many assistant turns are context only."""
-    drops, bad_rows, before = Drops(), 0, template.context_only_turns
+) -> _Outcome:
+    """Encode up to `_CHUNK` rows; return them, the drops, and how many of those are bad rows (not
+    merely too long), with the template's own counts."""
+    drops, counts, before = Drops(), Counter[str](), Counter(template.counts)
     kept: list[Encoded] = []
     indices: list[int] = []
     chunk = plain_rows(rows.with_format("arrow")[start : start + _CHUNK])
@@ -204,9 +206,8 @@ def _encode_chunk(
         if strict and not too_long:
             raise UserError(f"--strict true: {origin}: {outcome}")
         drops.add(origin, outcome)
-        bad_rows += not too_long
-    untrained = template.context_only_turns - before
-    return encoded_chunk(kept, indices), drops, bad_rows, untrained
+        counts["bad_rows"] += not too_long
+    return encoded_chunk(kept, indices), drops, counts + (template.counts - before)
 
 
 def _progress[Item](items: Iterator[Item], total: int) -> Iterator[Item]:
@@ -222,9 +223,11 @@ def _summary(read: int, kept: int, drops: Drops, account: dict[str, Any]) -> str
     text = f"tokenised {read} rows: {kept} kept, {drops.total} dropped"
     if drops.total:
         text += f": {drops}"
-    if account["context_only"]:
+    if account.get("context_only_turns"):
         text += (
-            f"; {account['context_only']} earlier assistant turns are context only, because the "
-            "chat template strips their thinking"
+            f"; {account['context_only_turns']} earlier assistant turns are context only, because "
+            "the chat template strips their thinking"
         )
+    if account.get("unshown_reasoning"):
+        text += f"; {UNSHOWN_REASONING % account['unshown_reasoning']}"
     return text

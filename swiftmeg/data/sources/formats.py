@@ -1,17 +1,23 @@
-"""Bring rows of the usual fine-tuning formats into the standard form (`rows.ROW_SCHEMA`).
+"""Bring rows of the usual fine-tuning formats into the standard form (`ROW_SCHEMA`).
 
 The format is told by a row's columns: `messages` or `conversation(s)`; `instruction` with `input`
 (Alpaca); otherwise a query and a response with their aliases, of which the query may be missing
 for pre-training text.
 """
 
-import ast
-import json
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from swiftmeg.data.sources.messages import (
+    as_json,
+    as_text,
+    first_value,
+    parse_cell,
+    standard_messages,
+)
 from swiftmeg.data.standard_row import Row, RowError
 from swiftmeg.data.tools import check_answered, parse_tools, to_chat
 from swiftmeg.errors import UserError
@@ -24,20 +30,6 @@ _RESPONSE = (
     *("text", "completion", "content"),
 )
 _MEDIA = ("images", "videos", "audios", "objects", "rejected_images")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "tool_call": "tool_call",
-    "function_call": "tool_call",
-    "tool_response": "tool_response",
-    "observation": "tool_response",
-    "tool": "tool",
-}
-
 Chooser = Callable[[], random.Random]
 
 
@@ -85,40 +77,48 @@ class Identity:
         return filled
 
 
-def standard_row(row: Mapping[str, Any], chooser: Chooser, for_training: bool = False) -> Row:
+def standard_row(
+    row: Mapping[str, Any],
+    chooser: Chooser,
+    for_training: bool = False,
+    unread: Counter[str] | None = None,
+) -> Row:
     """Return `row` in standard form, without `origin`; columns that it does not use are left out.
 
-    What `chooser` returns picks one of several responses. Raises RowError for a row that cannot be
-    used, which `for_training` includes one that does not end with the assistant's turn; otherwise a
-    question needs no response.
+    Keys of messages that are not used are counted in `unread`. What `chooser` returns picks one of
+    several responses. Raises RowError for a row that cannot be used, which `for_training` includes
+    one that does not end with the assistant's turn; otherwise a question needs no response.
     """
+    unread = Counter() if unread is None else unread
     for column in _MEDIA:
         if row.get(column):
             raise RowError(f"{column} are not supported: only text is trained")
     conversation = next((name for name in MESSAGES if row.get(name) is not None), None)
     if conversation is not None:
-        messages = _messages(row[conversation], conversation)
+        messages = standard_messages(row[conversation], conversation, unread)
     else:
         messages = _query_response(row, chooser, for_training)
-    system = _first(row, _SYSTEM)
+    system = first_value(row, _SYSTEM)
     if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(system, "system")})
+        messages.insert(0, {"role": "system", "content": as_text(system, "system")})
     if for_training:
         check_answered(to_chat(messages))
     standard: Row = {"messages": messages}
     if row.get("tools"):
         tools = row["tools"]
-        standard["tools"] = _text(tools if isinstance(tools, str) else _json(tools), "tools")
+        standard["tools"] = as_text(tools if isinstance(tools, str) else as_json(tools), "tools")
         parse_tools(standard["tools"])
     if row.get("rejected_response") is not None:
-        standard["rejected_response"] = _text(row["rejected_response"], "rejected_response")
+        standard["rejected_response"] = as_text(row["rejected_response"], "rejected_response")
     if row.get("rejected_messages") is not None:
-        standard["rejected_messages"] = _messages(row["rejected_messages"], "rejected_messages")
+        standard["rejected_messages"] = standard_messages(
+            row["rejected_messages"], "rejected_messages", unread
+        )
     # These are common names: values of other kinds mean something else.
     if isinstance(row.get("label"), bool):
         standard["label"] = row["label"]
     if isinstance(row.get("channel"), str):
-        standard["channel"] = _text(row["channel"], "channel")
+        standard["channel"] = as_text(row["channel"], "channel")
     if isinstance(row.get("margin"), int | float):
         standard["margin"] = _margin(row["margin"])
     return standard
@@ -139,7 +139,7 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
 
 
 def _query_response(row: Mapping[str, Any], chooser: Chooser, needs_response: bool) -> list[Row]:
-    response = _first(row, _RESPONSE)
+    response = first_value(row, _RESPONSE)
     asks = any(row.get(name) for name in _QUERY)
     if response is None and (needs_response or not asks):
         if not any(name in row for name in _RESPONSE):
@@ -148,28 +148,28 @@ def _query_response(row: Mapping[str, Any], chooser: Chooser, needs_response: bo
     if isinstance(response, list):
         if not response:
             raise RowError("the response is empty")
-        response = _text(chooser().choice(response), "response")
+        response = as_text(chooser().choice(response), "response")
     messages = []
     for query, answer in _history(row.get("history")):
-        messages.append({"role": "user", "content": _text(query, "history")})
-        messages.append({"role": "assistant", "content": _text(answer, "history")})
+        messages.append({"role": "user", "content": as_text(query, "history")})
+        messages.append({"role": "assistant", "content": as_text(answer, "history")})
     if "instruction" in row and "input" in row:
-        parts = [_text(row[name] or "", name) for name in ("instruction", "input")]
+        parts = [as_text(row[name] or "", name) for name in ("instruction", "input")]
         query = "\n".join(part for part in parts if part)
     else:
-        query = _first(row, _QUERY)
+        query = first_value(row, _QUERY)
     if query is not None:
-        messages.append({"role": "user", "content": _text(query, "query")})
+        messages.append({"role": "user", "content": as_text(query, "query")})
     elif messages or any(name in row for name in _QUERY):
         raise RowError("the query is empty")
     if response is not None:
-        messages.append({"role": "assistant", "content": _text(response, "response")})
+        messages.append({"role": "assistant", "content": as_text(response, "response")})
     return messages
 
 
 def _history(history: Any) -> Sequence[tuple[Any, Any]]:
     if isinstance(history, str):
-        history = _parse(history, "history")
+        history = parse_cell(history, "history")
     if not history:
         return []
     if not isinstance(history, list) or not all(
@@ -177,90 +177,3 @@ def _history(history: Any) -> Sequence[tuple[Any, Any]]:
     ):
         raise RowError("history is not a list of pairs")
     return list(history)
-
-
-def _messages(value: Any, column: str) -> list[Row]:
-    """Return messages of one role and text each."""
-    if isinstance(value, str):
-        value = _parse(value, column)
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowError(f"{column} is not a list of objects")
-    messages: list[Row] = []
-    for item in value:
-        messages += _message(item)
-    if not messages:
-        raise RowError(f"{column} is empty")
-    return messages
-
-
-def _message(item: Row) -> list[Row]:
-    if "role" not in item and "from" not in item:
-        return _pair(item)
-    role = _first(item, ("role", "from"))
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowError("unknown role", f"{str(role)[:40]}; accepted: {', '.join(_ROLES)}")
-    content, calls = _first(item, ("content", "value")), item.get("tool_calls")
-    if content is None and not calls:
-        raise RowError("a message has no content", f"role {role}")
-    messages = []
-    if content or not calls:
-        messages.append({"role": _ROLES[role], "content": _text(content, "content")})
-    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise RowError("tool_calls is not a list of objects")
-    for call in calls or []:
-        messages.append({"role": "tool_call", "content": _json(call.get("function", call))})
-    return messages
-
-
-def _pair(item: Row) -> list[Row]:
-    """Return the two messages of a ShareGPT round such as {"human": .., "assistant": ..}."""
-    messages = [
-        {"role": _ROLES[key], "content": _text(item[key], key)}
-        for role in ("user", "assistant")
-        for key in item
-        if _ROLES.get(key) == role
-    ]
-    if [message["role"] for message in messages] != ["user", "assistant"]:
-        raise RowError("a message has neither role and content nor human and assistant")
-    return messages
-
-
-def _text(value: Any, what: str) -> str:
-    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
-        other = [part.get("type") for part in value if part.get("type") != "text"]
-        if other:
-            raise RowError("content of other kinds than text is not supported", str(other[0]))
-        parts = [part.get("text", "") for part in value]
-        if not all(isinstance(part, str) for part in parts):
-            raise RowError(f"{what} is not text", "a part has no text")
-        value = "".join(parts)
-    if not isinstance(value, str):
-        raise RowError(f"{what} is not text", type(value).__name__)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise RowError(f"{what} holds half of a surrogate pair") from None
-    return value
-
-
-def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _parse(text: str, column: str) -> Any:
-    """Parse a structured value from a CSV cell: JSON, or as Python writes lists and dicts."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise RowError(f"{column} is neither JSON nor a list", text[:60]) from None
-
-
-def _json(value: Any) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        raise RowError("nested too deeply") from None

@@ -22,14 +22,14 @@ from swiftmeg.data.sources.formats import Identity
 from swiftmeg.data.sources.hubs import DOWNLOAD_MODES
 from swiftmeg.data.sources.readers import chunks
 from swiftmeg.data.sources.subset_reader import OriginRow, ReadOptions, SubsetReader, open_dataset
-from swiftmeg.data.standard_row import ROW_SCHEMA, Drops, Row, RowError
+from swiftmeg.data.standard_row import ROW_SCHEMA, Drops, Row, RowError, to_columns
 from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 
-_FORMAT = 2  # raise it when the same file would give other rows than before
+_FORMAT = 3  # raise it when the same file would give other rows than before
 _CHUNK = 1000
 
 # Temporary folders of rows that must not be taken from the cache; they vanish with the process.
@@ -165,6 +165,8 @@ def _load_subset(reader: SubsetReader) -> Dataset:
         *(label, len(rows) + drops.total, len(rows), drops.total),
         f": {drops}" if drops.total else "",
     )
+    if drops.unread:
+        logger.warning("%s: %s", label, drops.unread_keys())
     if len(rows) == 0:
         reason = f"none of its {drops.total} rows can be used: {drops}" if drops.total else "empty"
         raise UserError(f"--dataset {label}: {reason}")
@@ -173,10 +175,11 @@ def _load_subset(reader: SubsetReader) -> Dataset:
 
 def _standardise(reader: SubsetReader, chunk: list[OriginRow]) -> tuple[pa.RecordBatch, Drops]:
     standard: list[Row] = []
-    drops = Drops()
+    drops = Drops(unread=reader.unread)
+    reader.unread.clear()
     for row in chunk:
         try:
-            standard.append(reader.standard(row))
+            standard.append(to_columns(reader.standard(row)))
         except RowError as error:
             drops.add(f"{row[0]}:{row[1][0]}", error)
     return pa.RecordBatch.from_pylist(standard, schema=ROW_SCHEMA), drops

@@ -17,7 +17,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from swiftmeg.data.standard_row import Row, RowError
+from swiftmeg.data.sources.arrow_rows import batch_rows
+from swiftmeg.data.standard_row import Row, RowError, not_utf8
 from swiftmeg.errors import UserError
 
 EXTENSIONS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -91,7 +92,7 @@ def parse_raw(row: bytes | Row | RowError) -> Row:
     try:
         value = json.loads(row.decode("utf-8"), object_pairs_hook=strict_object)
     except UnicodeDecodeError as error:
-        raise _not_utf8(error) from None
+        raise not_utf8(error) from None
     except RecursionError:
         raise RowError("nested too deeply") from None
     except ValueError as error:  # also for numbers of thousands of digits
@@ -126,10 +127,6 @@ def _row(value: Any) -> Row:
     if not isinstance(value, dict):
         raise RowError("not a JSON object", type(value).__name__)
     return value
-
-
-def _not_utf8(error: UnicodeDecodeError) -> RowError:
-    return RowError("not UTF-8", f"byte {error.object[error.start]:#x} at {error.start}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
@@ -226,7 +223,7 @@ def _txt(path: Path) -> Iterator[RawRow]:
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            yield number, _not_utf8(error)
+            yield number, not_utf8(error)
         else:
             yield number, {"text": text.rstrip("\r\n")}
 
@@ -235,19 +232,6 @@ def _parquet(path: Path) -> Iterator[RawRow]:
     number = 0
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1000):
-            for row in _batch_rows(batch):
+            for row in batch_rows(batch):
                 number += 1
                 yield number, row
-
-
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row | RowError]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for index in range(len(batch)):
-            try:
-                row = batch.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield _not_utf8(error)
-            else:
-                yield row

@@ -1,6 +1,8 @@
 """One subset of a dataset: its raw rows, and how each becomes a standard row."""
 
+import logging
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +12,7 @@ from typing import Any
 
 from datasets.fingerprint import Hasher
 
+from swiftmeg.data.sources.arrow_rows import nested_types, without_filling
 from swiftmeg.data.sources.dataset_spec import Source, parse_spec
 from swiftmeg.data.sources.formats import Identity, rename_columns, standard_row
 from swiftmeg.data.sources.hubs import load_from_hub
@@ -17,6 +20,8 @@ from swiftmeg.data.sources.readers import RawRow, data_files, parse_raw, read_ra
 from swiftmeg.data.sources.registry import Subset
 from swiftmeg.data.standard_row import Row, RowError
 from swiftmeg.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 OriginRow = tuple[str, RawRow]
 """The file or hub id that a raw row comes from, and the row."""
@@ -48,6 +53,8 @@ class SubsetReader:
         self.source = source
         self.options = options
         self.label = source.spec if len(source.subsets) == 1 else f"{source.spec}, subset {name}"
+        self.unread: Counter[str] = Counter()
+        """In how many messages so far nothing reads a key."""
         self._subset = subset
         self._columns = {**source.info.columns, **subset.columns, **options.columns}
         self._files: list[Path] = []
@@ -93,7 +100,8 @@ class SubsetReader:
                 yield str(file), raw
         if not self._files:
             assert self.source.dataset_id is not None
-            for raw in enumerate(chain.from_iterable(self._hub_splits), 1):
+            rows = chain.from_iterable(map(_hub_rows, self._hub_splits))
+            for raw in enumerate(rows, 1):
                 yield self.source.dataset_id, raw
 
     def standard(self, row: OriginRow) -> Row:
@@ -109,13 +117,18 @@ class SubsetReader:
                 values = _preprocess(self._subset, values)
             values = self.options.identity.fill(values)
             chooser = partial(random.Random, f"{self.options.data_seed} {origin}")
-            standard = standard_row(values, chooser, self.options.for_training)
+            unread = Counter[str]()
+            standard = standard_row(values, chooser, self.options.for_training, unread)
         except RowError as error:
             if self.options.strict:
                 raise UserError(f"--strict true: {origin}: {error}") from None
             raise
         except UserError as error:
             raise UserError(f"{origin}: {error}") from None
+        if self.options.streaming and (new := unread.keys() - self.unread.keys()):
+            named = ", ".join(sorted(new))
+            logger.warning("%s: keys of messages that are not read: %s", origin, named)
+        self.unread.update(unread)
         return {**standard, "origin": origin}
 
 
@@ -125,6 +138,14 @@ def open_dataset(
     """Return a dataset of the command line and a reader for each of its subsets."""
     source = parse_spec(spec, use_hf)
     return source, [SubsetReader(source, *subset, options) for subset in source.subsets]
+
+
+def _hub_rows(split: Any) -> Iterator[Row]:
+    """The rows of a split, without the keys that Arrow has filled in."""
+    features = getattr(split, "features", None)
+    types = nested_types(features.arrow_schema) if features else {}
+    for row in split:
+        yield without_filling(row, types)
 
 
 def _version(file: Path) -> tuple[int, int]:

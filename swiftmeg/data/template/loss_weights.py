@@ -41,6 +41,9 @@ PATTERNS: dict[str, list[tuple[str, float]]] = {
 }
 """The weight of text that matches."""
 
+_OPENED = re.compile(r"<think>\s*\Z")
+_LOOK_BACK = 32
+
 _OLD_NAMES = {"last_round_with_ignore_empty_think": "last_round+ignore_empty_think"}
 
 
@@ -86,6 +89,8 @@ class LossScale:
         Where several weightings name the same text, their weights are multiplied.
         """
         parts = [(start, end, 1.0)]
+        if "ignore_empty_think" in self.weightings:
+            parts = [(_behind_empty_think(text, start, end), end, 1.0)]
         for name in self.weightings:
             parts = [
                 (first, last, weight * factor)
@@ -99,6 +104,14 @@ class LossScale:
             elif b > a and weight:
                 joined.append((a, b, weight))
         return joined
+
+
+def _behind_empty_think(text: str, start: int, end: int) -> int:
+    """Return where a turn goes on whose thinking the generation prompt opens and that has none."""
+    if not _OPENED.search(text, max(start - _LOOK_BACK, 0), start):
+        return start
+    closed = re.compile(r"\s*</think>\s*").match(text, start, end)
+    return closed.end() if closed else start
 
 
 def _divide(name: str, text: str, offset: int) -> list[Weighted]:

@@ -1,11 +1,12 @@
 """Preference pairs: a chosen and a rejected answer to the same prompt, as DPO compares them."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from swiftmeg.data.standard_row import Row, RowError
+from swiftmeg.data.standard_row import Row, RowError, messages_of
 from swiftmeg.data.template.template import Encoded, Template
 from swiftmeg.data.tools import check_answered, to_chat
 from swiftmeg.data.turns import Message
@@ -61,9 +62,9 @@ class PairTemplate:
         )
 
     @property
-    def context_only_turns(self) -> int:
-        """How many compared turns are not trained because the template strips their thinking."""
-        return self._all.context_only_turns
+    def counts(self) -> Counter[str]:
+        """What `Template` counts, of both ways to encode a side."""
+        return self._last.counts + self._all.counts
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the outcome of `encode_many`, as JSON-able values."""
@@ -92,7 +93,8 @@ class PairTemplate:
             (both.rejected, both.rejected_turns),
         ):
             template = self._last if turns == 1 else self._all
-            (outcome,) = template.encode_many([{**row, "messages": messages}], last_turns=turns)
+            side = {"messages": messages, "tools": row.get("tools")}
+            (outcome,) = template.encode_many([side], last_turns=turns)
             if not isinstance(outcome, Encoded):
                 raise outcome
             sides.append(outcome)
@@ -104,9 +106,9 @@ class PairTemplate:
 
 def conversations(row: Row) -> Conversations:
     """Return both sides of a standard row, in its form; raises RowError for a broken pair."""
-    chosen = list(row["messages"])
+    chosen = messages_of(row)
     if row.get("rejected_messages") is not None:
-        rejected = list(row["rejected_messages"])
+        rejected = messages_of(row, "rejected_messages")
         if chosen[0]["role"] == "system" and rejected[0]["role"] != "system":
             rejected.insert(0, chosen[0])
     elif row.get("rejected_response") is not None:

@@ -1,25 +1,37 @@
 """From a conversation to token ids and labels."""
 
-import re
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from swiftmeg.data.standard_row import Row, RowError, RowTooLong
-from swiftmeg.data.template.chat_templates import GENERATION, ChatTemplate, find_chat_template
+from swiftmeg.data.standard_row import Row, RowError, RowTooLong, messages_of
+from swiftmeg.data.template.chat_renderer import ChatRenderer
+from swiftmeg.data.template.chat_templates import GENERATION, ChatTemplate
 from swiftmeg.data.template.loss_weights import LossScale, Weighted
+from swiftmeg.data.template.loss_wishes import Choice, Part, Wishes, divide, looked_for, outside
 from swiftmeg.data.template.span_tokenizer import SpanTokenizer
 from swiftmeg.data.template.turn_cache import Shapes, quoted_markup
-from swiftmeg.data.tools import check_answered, parse_tools, to_chat
-from swiftmeg.data.turns import Message, Turn, assistant_turns
+from swiftmeg.data.tools import check_answered, loss_wishes, parse_tools, to_chat
+from swiftmeg.data.turns import REASONING, Message, Render, Turn, find_turns
 from swiftmeg.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
 IGNORE = -100
 """The label of a token that is not trained."""
+
+UNSHOWN_REASONING = (
+    "%d messages have reasoning_content that the chat template does not show: it is not trained; "
+    "choose another template with --template, or write it into the content between <think> and "
+    "</think>"
+)
+"""What is said of thinking beside the content that a template leaves out."""
 
 TRUNCATION_STRATEGIES = ("delete", "left", "right")
 
@@ -67,11 +79,12 @@ class Template:
         self.truncation_strategy = truncation_strategy
         self.loss_scale = LossScale.parse(loss_scale)
         self.response_prefix = response_prefix
-        self.context_only_turns = 0
-        """How many assistant turns were not trained because the template strips their thinking."""
-        self.chat: ChatTemplate | None = None
+        self.counts: Counter[str] = Counter()
+        """`context_only_turns`: assistant turns that were not trained because the template strips
+        their thinking; `unshown_reasoning`: messages with thinking that it does not show."""
+        self._renderer: ChatRenderer | None = None
         if use_chat_template and name != GENERATION:
-            self.chat = _chat_template(tokenizer, name)
+            self._renderer = ChatRenderer(tokenizer, name)
         _check_agent_template(agent_template, self.chat)
         self.system = _read_system(system)
         if self.system is None and self.chat is not None:
@@ -79,7 +92,12 @@ class Template:
         self._tokens = SpanTokenizer(tokenizer)
         self._end_tokens = _end_tokens(tokenizer)
         markup = {*self._end_tokens, *(quoted_markup(self.chat.jinja) if self.chat else ())}
-        self._shapes = Shapes(lambda messages: self._turns(messages, None), markup)
+        self._shapes = Shapes(self._turns_by_strategy, markup)
+
+    @property
+    def chat(self) -> ChatTemplate | None:
+        """The chat template; None where texts are joined without one."""
+        return self._renderer.chat if self._renderer else None
 
     @property
     def weighted(self) -> bool:
@@ -111,7 +129,10 @@ class Template:
         strategy is `delete`), and UserError if the template leaves it open which text is the
         assistant's.
         """
+        said = self.counts["unshown_reasoning"]
         (outcome,) = self.encode_many([row])
+        if not said and (found := self.counts["unshown_reasoning"]):
+            logger.warning("%s: " + UNSHOWN_REASONING, row.get("origin", "a row"), found)
         if not isinstance(outcome, Encoded):
             raise outcome
         return {
@@ -147,21 +168,25 @@ class Template:
 
     def _trained_text(self, row: Row, last_turns: int | None) -> tuple[str, list[Weighted]]:
         """Return a row's text and which of its characters are trained, with their weights."""
-        messages = to_chat(row["messages"])
+        standard = messages_of(row)
+        messages, wishes = to_chat(standard), loss_wishes(standard)
         check_answered(messages)
-        if self.chat is None:
-            text, turns = self._join(messages)
+        choice = Choice(self.loss_scale.strategy, last_turns)
+        if self._renderer is None:
+            text, parts = self._join(messages, choice.wanted(messages, wishes))
         else:
             tools = parse_tools(row.get("tools"))
-            self._check_tools_shown(messages, tools)
-            text, turns = self._render(messages, tools)
+            messages = self._renderer.prepared(messages, tools)
+            if self._adds_system(messages):
+                messages, wishes = self._with_system(messages), [[None], *wishes]
+            text, parts = self._render(messages, tools, wishes, choice)
         self._refuse_far_too_long(text)
         if self.loss_scale.strategy == "all":
-            return text, self.loss_scale.weigh(text, 0, len(text))
-        turns = turns if last_turns is None else turns[-last_turns:]
-        trained = [turn for turn in turns if turn.trained]
-        self.context_only_turns += len(turns) - len(trained)
-        return text, [part for turn in trained for part in self._weigh(text, turn)]
+            whole = outside(parts, len(text))
+            spans = [self.loss_scale.weigh(text, turn.start, turn.end) for turn, _ in whole]
+        else:
+            spans = [self._weigh(text, turn) for turn, trained in parts if trained]
+        return text, [part for span in spans for part in span]
 
     def _weigh(self, text: str, turn: Turn) -> list[Weighted]:
         """Divide a turn by weight; that of the token that closes it is 1."""
@@ -173,14 +198,6 @@ class Template:
         content_end = turn.end - len(closing)
         parts = self.loss_scale.weigh(text, turn.start, content_end)
         return [*parts, (content_end, turn.end, 1.0)] if closing else parts
-
-    def _check_tools_shown(self, messages: list[Message], tools: list[Any] | None) -> None:
-        """RowError for what the template does not even mention, and would drop in silence."""
-        assert self.chat is not None
-        if tools and not re.search(r"\btools\b", self.chat.jinja):
-            raise RowError("the chat template does not show tools")
-        if "tool_calls" not in self.chat.jinja and any("tool_calls" in each for each in messages):
-            raise RowError("the chat template does not show tool calls")
 
     def _labelled(self, ids: Array, spans: list[tuple[int, int]], weights: list[float]) -> Encoded:
         labels = np.full_like(ids, IGNORE)
@@ -207,84 +224,111 @@ class Template:
         `response_prefix` is appended. Raises RowError if the template refuses the messages.
         """
         chat = to_chat(messages)
-        if self.chat is None:
+        if self._renderer is None:
             text = self._bos() + "".join(message["content"] for message in chat)
         else:
-            text = self._apply(self._with_system(chat), parse_tools(tools), True)
+            schemas = parse_tools(tools)
+            chat = self._with_system(self._renderer.prepared(chat, schemas))
+            text = self._renderer.text(chat, schemas, True)
         return self._tokens.ids(text + (self.response_prefix or ""))
 
     def _bos(self) -> str:
         return self.tokenizer.bos_token or ""
 
-    def _join(self, messages: list[Message]) -> tuple[str, list[Turn]]:
-        """Join the texts between BOS and EOS; the assistant's and EOS are its turns."""
-        text, turns = self._bos(), []
-        for message in messages:
+    def _join(self, messages: list[Message], wanted: list[list[bool]]) -> tuple[str, list[Part]]:
+        """Join the texts between BOS and EOS, which belongs to the last one."""
+        text, parts = self._bos(), []
+        for message, trained in zip(messages, wanted, strict=True):
             start = len(text)
             text += message["content"]
             if message is messages[-1]:
                 text += self.tokenizer.eos_token or ""
-            if message["role"] == "assistant":
-                turns.append(Turn(start, len(text)))
-        return text, turns[-1:] if self._last_round else turns
+            parts.append((Turn(start, len(text)), any(trained)))
+        return text, parts
 
-    def _render(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
-        messages = self._with_system(messages)
+    def _render(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        wishes: Wishes,
+        choice: Choice,
+    ) -> tuple[str, list[Part]]:
+        """Return the text, and the messages whose places matter."""
+        wanted = choice.wanted(messages, wishes)
+        indices = looked_for(choice.strategy, wanted)
         try:
-            text, turns = self._located(messages, tools)
+            text, turns = self._located(messages, indices, tools)
+            parts = [
+                part
+                for k, turn in zip(indices, turns, strict=True)
+                if choice.strategy == "all" or self._trainable(turn, asked=True in wishes[k])
+                for part in divide(messages, k, text, turn, wanted[k], self._renders(tools))
+            ]
         except UserError as error:
             # Either the template rewrites every conversation, or this one holds what it takes
             # for its own markup.
-            self._turns(_plain(messages), tools)
+            self._turns(_plain(messages), indices, tools)
             raise RowError("its text confuses the chat template", str(error)) from None
+        if choice.strategy == "all":
+            generated = messages
+        else:
+            generated = [
+                messages[k] for k, turn in zip(indices, turns, strict=True) if turn.trained
+            ]
+        self.counts["unshown_reasoning"] += sum(_unshown(each, text) for each in generated)
         eos = self.tokenizer.eos_token
         if eos and not text.rstrip().endswith(self._end_tokens):
             # The template closes turns by opening the next: without this, nothing would teach
             # the model to stop.
+            if parts and parts[-1][0].end == len(text):
+                last, trained = parts[-1]
+                parts[-1] = Turn(last.start, len(text + eos)), trained
             text += eos
-            turns[-1] = Turn(turns[-1].start, len(text))
-        return text, turns
+        return text, parts
 
-    def _located(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
-        if tools is None:
-            text = self._apply(messages, None, False)
+    def _trainable(self, turn: Turn, asked: bool) -> bool:
+        """Whether a turn is rendered so that it may be trained; what is not is counted."""
+        trainable = turn.trained or asked
+        self.counts["context_only_turns"] += not trainable
+        return trainable
+
+    def _located(
+        self, messages: list[Message], indices: list[int], tools: list[Any] | None
+    ) -> tuple[str, list[Turn]]:
+        if not indices:
+            return self._renders(tools)(messages, False), []
+        if tools is None and indices == self._by_strategy(messages):
+            text = self._renders(None)(messages, False)
             turns = self._shapes.turns(messages, text)
             if turns is not None:
                 return text, turns
-        return self._turns(messages, tools)
+        return self._turns(messages, indices, tools)
 
-    def _turns(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
-        return assistant_turns(
-            messages,
-            lambda part, prompt: self._apply(part, tools, prompt),
-            self._end_tokens,
-            last_only=self._last_round,
-        )
+    def _turns(
+        self, messages: list[Message], indices: list[int], tools: list[Any] | None
+    ) -> tuple[str, list[Turn]]:
+        return find_turns(messages, indices, self._renders(tools), self._end_tokens)
 
-    @property
-    def _last_round(self) -> bool:
-        return self.loss_scale.strategy == "last_round"
+    def _turns_by_strategy(self, messages: list[Message]) -> tuple[str, list[Turn]]:
+        return self._turns(messages, self._by_strategy(messages), None)
+
+    def _by_strategy(self, messages: list[Message]) -> list[int]:
+        """The messages whose places matter where these say nothing of that."""
+        strategy = self.loss_scale.strategy
+        return looked_for(strategy, Choice(strategy).wanted(messages, [[None]] * len(messages)))
+
+    def _renders(self, tools: list[Any] | None) -> Render:
+        renderer = self._renderer
+        assert renderer is not None
+        return lambda part, prompt: renderer.text(part, tools, prompt)
+
+    def _adds_system(self, messages: list[Message]) -> bool:
+        return self.system is not None and messages[0]["role"] != "system"
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
-        if self.system is None or messages[0]["role"] == "system":
+        if not self._adds_system(messages):
             return messages
         return [{"role": "system", "content": self.system}, *messages]
-
-    def _apply(
-        self, messages: Sequence[Message], tools: list[Any] | None, generation_prompt: bool
-    ) -> str:
-        assert self.chat is not None
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self.chat.jinja,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-            )
-        except Exception as error:  # a template is a program, with all that programs raise
-            raise RowError("the chat template refuses the messages", str(error)) from None
-        return str(text)
 
     def _refuse_far_too_long(self, text: str) -> None:
         """Tokenising megabytes, only to drop them, would take seconds a row."""
@@ -305,6 +349,12 @@ class Template:
         part = slice(longest - limit, None) if left else slice(limit)
         weights = None if row.loss_scale is None else row.loss_scale[part]
         return Encoded(row.input_ids[part], row.labels[part], weights)
+
+
+def _unshown(message: Message, text: str) -> bool:
+    """Whether a message has thinking beside its content that is not in the text."""
+    reasoning = next((message[key] for key in REASONING if key in message), "")
+    return reasoning.strip() not in text
 
 
 def _plain(messages: list[Message]) -> list[Message]:
@@ -330,25 +380,6 @@ def _check_agent_template(name: str | None, chat: ChatTemplate | None) -> None:
             "--agent_template hermes: the chat template writes no <tool_call>: drop it, or choose "
             "--template chatml, qwen or qwen2_5"
         )
-
-
-def _chat_template(tokenizer: Any, name: str | None) -> ChatTemplate:
-    if name is None:
-        try:
-            return ChatTemplate(tokenizer.get_chat_template())
-        except ValueError:
-            raise UserError(
-                "the model's tokenizer has no chat template: choose one with --template "
-                "(for example chatml), or train on plain text with --use_chat_template false"
-            ) from None
-    chat = find_chat_template(name)
-    missing = [token for token in chat.tokens if token not in tokenizer.added_tokens_encoder]
-    if missing:
-        raise UserError(
-            f"--template {name}: the tokenizer has no token {' '.join(missing)}: add it by "
-            "--new_special_tokens, or choose another template"
-        )
-    return chat
 
 
 def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
