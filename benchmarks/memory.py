@@ -54,6 +54,7 @@ def growth(argv: list[str]) -> float:
 
     from swiftmeg.args.commands import SftArguments
     from swiftmeg.args.read import read_training_arguments
+    from swiftmeg.trainers.methods import METHODS
     from swiftmeg.trainers.run import train
 
     before: list[float] = []
@@ -69,7 +70,7 @@ def growth(argv: list[str]) -> float:
         return result
 
     training.train = watched
-    train(*read_training_arguments(SftArguments, argv, "megatron sft"))
+    train(*read_training_arguments(SftArguments, argv, "megatron sft"), METHODS["sft"])
     return before[1] - before[0]
 
 

@@ -41,6 +41,7 @@ def apply() -> None:
     _train_bias_of_frozen_weight()
     _replace_tracker_in_one_step()
     _resume_torch_adam()
+    _build_predictions_of_own_layers()
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
@@ -64,7 +65,7 @@ def _train_bias_of_frozen_weight() -> None:
     """
     from megatron.core.tensor_parallel import layers
 
-    linear = _original(layers, "linear_with_frozen_weight")
+    linear = unpatched(layers, "linear_with_frozen_weight")
 
     def linear_with_frozen_weight(
         input: Any, weight: Any, bias: Any, *args: Any, **kwargs: Any
@@ -87,7 +88,7 @@ def store_layers_by_number() -> None:
     """
     from megatron.training import checkpointing
 
-    build = _original(checkpointing, "_build_sharded_state_dict_metadata")
+    build = unpatched(checkpointing, "_build_sharded_state_dict_metadata")
 
     def metadata(*args: Any, **kwargs: Any) -> Any:
         return {**build(*args, **kwargs), "non_homogeneous_layers": True}
@@ -110,9 +111,9 @@ def _resume_torch_adam() -> None:
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     optimizer_class = distrib_optimizer.DistributedOptimizer
-    save = _original(optimizer_class, "state_dict")
-    load = _original(optimizer_class, "load_state_dict")
-    fill = _original(optimizer_class, "_set_main_param_and_optimizer_states")
+    save = unpatched(optimizer_class, "state_dict")
+    load = unpatched(optimizer_class, "load_state_dict")
+    fill = unpatched(optimizer_class, "_set_main_param_and_optimizer_states")
 
     def state_dict(self: Any) -> Any:
         for group in self.optimizer.param_groups:
@@ -156,7 +157,7 @@ def group_parameters(overrides: Callable[[Any], dict[Any, Any]]) -> None:
     """
     from megatron.training import training
 
-    original = _original(training, "get_megatron_optimizer_config")
+    original = unpatched(training, "get_megatron_optimizer_config")
 
     def get_megatron_optimizer_config(args: Any) -> tuple[Any, dict[Any, Any]]:
         config, groups = original(args)
@@ -166,15 +167,15 @@ def group_parameters(overrides: Callable[[Any], dict[Any, Any]]) -> None:
     training.get_megatron_optimizer_config = get_megatron_optimizer_config
 
 
-def build_predictions(spec: Callable[[Any, int | None], Any]) -> None:
-    """Let the model builder make prediction modules from `spec(config, vp_stage)`.
+def _build_predictions_of_own_layers() -> None:
+    """Let the model builder make prediction modules from the config's `prediction_spec(vp_stage)`.
 
     It makes them of Megatron's own layers, whatever the layers of the decoder are. Can go when it
     takes the decoder's.
     """
     from megatron.training.models import gpt
 
-    gpt.mtp_block_spec = lambda config, layers, vp_stage=None: spec(config, vp_stage)
+    gpt.mtp_block_spec = lambda config, layers, vp_stage=None: config.prediction_spec(vp_stage)
 
 
 def turn_packs(turn: Callable[..., torch.Tensor]) -> None:
@@ -199,66 +200,6 @@ def attach_prediction_losses(attach: Callable[..., Any]) -> None:
     from megatron.core.models.gpt import gpt_model
 
     gpt_model.process_mtp_loss = attach
-
-
-def on_training_log(observer: Callable[..., None], print_line: Callable[[str], None]) -> None:
-    """Call `observer` with the arguments of every training_log() and send its line to `print_line`.
-
-    The loop has no callback for metrics. Can go when training_log() gets one.
-    """
-    from megatron.training import get_args, training
-
-    original = _original(training, "training_log")
-
-    def training_log(*args: Any, **kwargs: Any) -> Any:
-        iteration = args[3]
-        # After a line for the first step the sums run on, so that the next line is the mean of a
-        # whole interval. Where the first step ends one, the next line would hold two: a continued
-        # run would not print what an uninterrupted one does.
-        if iteration % get_args().log_interval == 0:
-            kwargs["is_first_iteration"] = False
-        observer(*args, **kwargs)
-        return original(*args, **kwargs)
-
-    training.training_log = training_log
-    training.training_log._original = original
-    training.print_rank_last = print_line
-
-
-def on_evaluation(observer: Callable[[int, dict[str, float]], None]) -> None:
-    """Call `observer(iteration, losses)` after every evaluation, on every rank.
-
-    evaluate_and_print_results() returns nothing. Can go when it returns its losses.
-    """
-    from megatron.training import training
-
-    evaluate = _original(training, "evaluate")
-    report = _original(training, "evaluate_and_print_results")
-    state: dict[str, Any] = {}
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        result = evaluate(*args, **kwargs)
-        state["losses"] = result[0]
-        return result
-
-    def reporting(
-        prefix: str,
-        forward_step: Any,
-        iterator: Any,
-        model: Any,
-        iteration: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        result = report(prefix, forward_step, iterator, model, iteration, *args, **kwargs)
-        losses = state.pop("losses", None) or {}
-        observer(iteration, {key: float(value) for key, value in losses.items()})
-        return result
-
-    recording._original = evaluate  # type: ignore[attr-defined]
-    reporting._original = report  # type: ignore[attr-defined]
-    training.evaluate = recording
-    training.evaluate_and_print_results = reporting
 
 
 def _replace_tracker_in_one_step() -> None:
@@ -318,33 +259,7 @@ class _Storage:
             self.on_complete(int(word))
 
 
-def on_save(
-    before: Callable[[int], None],
-    complete: Callable[[int], None],
-    after: Callable[[int, Any], None] | None = None,
-) -> None:
-    """Observe checkpoints: `before(iteration)` and `after(iteration, model)` on every rank.
-
-    `complete(iteration)` comes on the first rank alone, when nothing is left to write; with
-    --async_save that is some steps later. Can go when save_checkpoint() gets callbacks.
-    """
-    from megatron.training import checkpointing, training
-
-    original = _original(training, "save_checkpoint")
-    checkpointing.maybe_msc.on_complete = complete
-
-    def save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
-        before(iteration)
-        result = original(iteration, model, *args, **kwargs)
-        if after is not None:
-            after(iteration, model)
-        return result
-
-    save_checkpoint._original = original  # type: ignore[attr-defined]
-    training.save_checkpoint = save_checkpoint
-
-
-def _original(module: Any, name: str) -> Any:
+def unpatched(module: Any, name: str) -> Any:
     """The upstream function behind an earlier patch, so that patches of two runs do not pile up."""
     function = getattr(module, name)
     return getattr(function, "_original", function)

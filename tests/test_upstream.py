@@ -132,6 +132,9 @@ NAMES: dict[str, str | None] = {
         "expt_dp_group rng_state_key_prefix"
     ),
     f"{TRAINING}.training.set_jit_fusion_options": "tp_size",
+    f"{TRAINING}.training.setup_model_and_optimizer": (
+        "model_type model_provider_func checkpointing_context cfg_container pg_collection"
+    ),
     f"{TRAINING}.training.training_log": (
         "loss_dict total_loss_dict learning_rate iteration loss_scale report_memory_flag "
         "skipped_iter grad_norm params_norm num_zeros_in_grad max_attention_logit "
@@ -287,13 +290,14 @@ def test_the_marks_are_the_sixth_result_of_preprocess() -> None:
     assert any(ast.unparse(each.elts[5]) == "padding_mask" for each in tuples if each.elts[5:])
 
 
-def test_the_log_gets_the_iteration_at_the_fourth_position() -> None:
+def test_the_log_gets_its_first_arguments_by_position() -> None:
     definition = find(f"{TRAINING}.training.train")
     assert definition is not None
     calls = [n for n in ast.walk(definition) if isinstance(n, ast.Call)]
     logs = [call for call in calls if ast.unparse(call.func) == "training_log"]
     assert logs
     assert {ast.unparse(call.args[3]) for call in logs} == {"iteration"}
+    assert {ast.unparse(call.args[8]) for call in logs} == {"params_norm"}
 
 
 def used_names(path: Path) -> Iterator[str]:

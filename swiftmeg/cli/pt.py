@@ -1,9 +1,8 @@
 """megatron pt."""
 
-from swiftmeg.args.commands import PtArguments
 from swiftmeg.cli.sft import run
 
 
 def main(argv: list[str]) -> None:
     """Train on every token of plain text."""
-    run(PtArguments, argv, "megatron pt")
+    run("pt", argv, "megatron pt")

@@ -23,15 +23,18 @@ class Collator:
     With `padding_free`, rows lie behind one another in tensors of shape [1, T]: `position_ids`
     start at 0 in each row, `cu_seqlens` (int32, [segments + 1]) holds the borders and `max_seqlen`
     (int32, no dimension) the longest segment. Padding is one more segment at the end. A row may
-    be a list of rows (a pack); its rows stay segments of their own.
+    be a list of rows (a pack) or a dict of them (a pair); its rows stay segments of their own.
 
     Under context parallelism every segment is padded to `segment_multiple` (its own padding is not
     trained on, and no earlier token attends to it), because each is cut into that many chunks.
 
     Otherwise tensors are [rows, T], padded on the right, without `cu_seqlens`.
 
-    `loss_scale` (float32) is the weight in the loss of the label at its place, where rows have
-    weights. `samples` (int64) numbers the rows of the micro-batch from 1 and is 0 on padding.
+    `weights` (float32) say what the label at its place counts for in the objective's denominator,
+    by which everything that is trained on is divided: 1 where it is trained, else 0; or, with
+    `sample_weight`, as much in every row that has a trained label, in equal shares of its labels.
+    `loss_scale` (float32) is a factor on the loss of the label at its place alone, where rows have
+    such factors. `samples` (int64) numbers the rows of the micro-batch from 1 and is 0 on padding.
     `num_tokens` and `num_samples` (int64, no dimension) count the rows' tokens, padding left out,
     and the rows.
     """
@@ -43,6 +46,7 @@ class Collator:
         pad_to_multiple_of: int = 1,
         fixed_length: int | None = None,
         segment_multiple: int = 1,
+        sample_weight: float | None = None,
     ) -> None:
         if fixed_length is not None and fixed_length % pad_to_multiple_of:
             raise UserError(
@@ -54,6 +58,7 @@ class Collator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.fixed_length = fixed_length
         self.segment_multiple = segment_multiple
+        self.sample_weight = sample_weight
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """Return `input_ids`, `labels`, `position_ids` (int64), `num_tokens`, and segments.
@@ -66,6 +71,7 @@ class Collator:
         tokens = sum(len(ids) for ids, *_ in samples)
         batch = self._flat(samples) if self.padding_free else self._padded(samples)
         return batch | {
+            "weights": self._weights(batch["labels"], batch["samples"]),
             "num_tokens": torch.tensor(tokens),
             "num_samples": torch.tensor(len(samples)),
         }
@@ -123,6 +129,13 @@ class Collator:
             **{name: torch.from_numpy(array) for name, array in weights.items()},
         }
 
+    def _weights(self, labels: Tensor, samples: Tensor) -> Tensor:
+        trained = labels != IGNORE
+        if self.sample_weight is None:
+            return trained.float()
+        counts = torch.bincount(samples[trained], minlength=int(samples.max()) + 1)
+        return trained * (self.sample_weight / counts.clamp(min=1))[samples]
+
     def _padded_length(self, length: int) -> int:
         if self.fixed_length is not None:
             if length > self.fixed_length:
@@ -135,10 +148,12 @@ class Collator:
 
 
 def _samples(rows: Iterable[Any]) -> Iterable[Sample]:
-    """Yield ids, labels and weights, not shifted, of rows and of the rows in packs."""
+    """Yield ids, labels and weights, not shifted, of rows, and of those in packs and in pairs."""
     for row in rows:
         if isinstance(row, list):
             yield from _samples(row)
+        elif "input_ids" not in row:
+            yield from _samples(row.values())
         else:
             yield row["input_ids"], row["labels"], row.get("loss_scale")
 
@@ -148,3 +163,9 @@ def _weights_like(labels: Array, samples: list[Sample]) -> dict[str, Array]:
     if all(loss_scale is None for *_, loss_scale in samples):
         return {}
     return {"loss_scale": np.ones(labels.shape, dtype=np.float32)}
+
+
+def untrained(item: Any) -> Any:
+    """A row of one token that is not trained, in place of a row or of a pack of rows."""
+    row = item[0] if isinstance(item, list) else item
+    return {"input_ids": row["input_ids"][:1], "labels": [IGNORE], "length": 1}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from swiftmeg.data.template.template import IGNORE
+from swiftmeg.data.collate import untrained
 from swiftmeg.errors import UserError
 
 Batch = Any
@@ -130,10 +130,11 @@ class _EvalSampler(Sampler[list[int]]):
 
 
 class _WithFiller(Dataset[Any]):
-    """`dataset`, followed by as many untrained rows as are asked for."""
+    """`dataset`, followed by as many items made by `filler` as are asked for."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, filler: Callable[[Any], Any]) -> None:
         self._dataset = dataset
+        self._filler = filler
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -141,9 +142,7 @@ class _WithFiller(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if index < len(self._dataset):
             return self._dataset[index]
-        row = self._dataset[0]
-        row = row[0] if isinstance(row, list) else row
-        return {"input_ids": row["input_ids"][:1], "labels": [IGNORE], "length": 1}
+        return self._filler(self._dataset[0])
 
 
 class EvalLoader:
@@ -151,8 +150,7 @@ class EvalLoader:
 
     Rows come in order, each exactly once over all ranks, in `eval_iters(len(dataset),
     global_batch_size)` global batches on every rank alike. The last global batch is filled up
-    with rows of one token that is not trained, which weigh nothing in a loss averaged over
-    trained tokens.
+    with what `filler` makes of the first item, which must weigh nothing in the objective.
     """
 
     def __init__(
@@ -165,10 +163,12 @@ class EvalLoader:
         dp_rank: int,
         dp_size: int,
         num_workers: int = 0,
+        filler: Callable[[Any], Any] = untrained,
     ) -> None:
         layout = BatchSplit(micro_batch_size, global_batch_size, dp_rank, dp_size)
         sampler = _EvalSampler(len(dataset), layout)
-        self._loader = _data_loader(_WithFiller(dataset), collate, sampler, num_workers)
+        filled = _WithFiller(dataset, filler)
+        self._loader = _data_loader(filled, collate, sampler, num_workers)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)

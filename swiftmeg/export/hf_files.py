@@ -34,18 +34,18 @@ class HFWeights:
     """Read-only view of a folder's safetensors; memory-mapped, so only what is touched is read.
 
     Names are those of the whole model, also where the folder leaves the prefix `model.` out.
-    `config` is needed to read quantised weights.
+    `config` says how the weights are quantised, if they are.
 
     Raises UserError, naming the file, for a folder without safetensors, a listed file that is
     missing, or a file that is cut short or not safetensors at all.
     """
 
-    def __init__(self, folder: str | Path, config: HFConfig | None = None) -> None:
+    def __init__(self, folder: str | Path, config: HFConfig) -> None:
         self.folder = Path(folder)
         self.packed: set[str] = set()
         """Tensors that are stored as MXFP4 blocks and scales."""
-        mxfp4 = is_mxfp4(config or {})
-        self.block = None if mxfp4 else block_size(config or {})
+        mxfp4 = is_mxfp4(config)
+        self.block = None if mxfp4 else block_size(config)
         self._open: dict[str, Any] = {}
         self._mapped = 0
         self.bytes_read = 0

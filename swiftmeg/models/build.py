@@ -73,7 +73,7 @@ def model_config(
         switches = LayerSwitches.of(args)
         return block_spec(config.transformer, args.layer_backend, vp_stage, switches)
 
-    def predictions(config: GPTModelConfig, vp_stage: int | None = None) -> Any:
+    def predictions(vp_stage: int | None = None) -> Any:
         switches = LayerSwitches.of(args)
         return prediction_spec(config.transformer, args.layer_backend, vp_stage, switches)
 
@@ -99,7 +99,7 @@ def model_config(
         # The kind that takes a factor on cosine and sine, which is 1 unless the scaling is yarn.
         config.transformer.rope_type = "yarn"
     config.transformer_layer_spec = spec
-    upstream.build_predictions(predictions)
+    config.prediction_spec = predictions
     upstream.attach_prediction_losses(attach_prediction_losses)
     upstream.turn_packs(turn_pack)
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]

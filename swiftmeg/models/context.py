@@ -53,7 +53,7 @@ def cut_batch(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Tenso
     if borders is None:
         borders = torch.tensor([0, total], device=batch["input_ids"].device)
     places = held(borders, total, rank, size)
-    names = ("input_ids", "labels", "position_ids", "samples", "loss_scale")
+    names = ("input_ids", "labels", "position_ids", "samples", "weights", "loss_scale")
     cut = {name: batch[name][:, places] for name in names if name in batch}
     return batch | cut
 

@@ -1,4 +1,4 @@
-"""What a model's parts report of a training step beside the loss: sums over tokens, for the log."""
+"""What a model's parts report of a training step beside the loss: weighted sums, for the log."""
 
 import torch
 from torch import Tensor
@@ -11,12 +11,12 @@ class StepLosses:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor, count: Tensor) -> None:
-        """Count `value`, a sum over `count` tokens."""
+        """Add `value`, a sum of terms whose weights in the objective add up to `count`."""
         pair = torch.stack([value.detach().double(), count.double()])
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def take(self, names: list[str]) -> dict[str, float]:
-        """Means over layers and tokens since the last call; on every rank of the job."""
+        """Weighted means over layers and samples since the last call; on every rank of the job."""
         if not names:
             return {}
         nothing = torch.zeros(2, dtype=torch.float64, device=torch.cuda.current_device())

@@ -1,8 +1,9 @@
 """Mixture of experts: the layer and its router, over either layer backend.
 
-The router's losses are part of the objective like the cross entropy: each is a mean over the
-trained tokens of the global batch, so that it cannot depend on how the batch is cut into
-micro-batches and ranks, or on padding. Upstream's are means over whatever one rank holds at a time.
+The router's losses are part of the objective like the method's own: each is a mean over samples by
+their weights in it (a sample's trained tokens in fine-tuning), so that it cannot depend on how the
+global batch is cut into micro-batches and ranks, or on padding. Upstream's are means over whatever
+one rank holds at a time.
 
 What the router has to know of its tokens comes as one number a token (`token_marks`), through the
 argument that Megatron calls `padding_mask`: the only one that it hands to experts, also when it
@@ -27,16 +28,6 @@ from torch import Tensor
 from swiftmeg.models.loss_sums import LOSSES
 from swiftmeg.models.router_losses import Samples
 from swiftmeg.models.routing import Choice, with_bias_on_softmax
-
-
-def token_marks(samples: Tensor, trained: Tensor, count: int) -> Tensor:
-    """What the router has to know of each token, as `padding_mask` of Megatron's GPT model.
-
-    `samples` [b, s] numbers the `count` samples of a micro-batch from 1 and is 0 on padding;
-    `trained` [b, s] is true where a label is trained.
-    """
-    Samples.most = max(Samples.most, count)
-    return 2 * samples + trained.long()
 
 
 class Router(TopKRouter):
@@ -170,11 +161,11 @@ class Router(TopKRouter):
     def _attach(
         self, activation: Tensor, samples: Samples, name: str, coefficient: float, value: Tensor
     ) -> Tensor:
-        """Add `coefficient * value` to the objective, a sum over trained tokens, and log it."""
-        LOSSES.add(name, value, samples.trained.sum())
+        """Add `coefficient * value` to the objective, a weighted sum, and log it."""
+        LOSSES.add(name, value, samples.weight.sum())
         loss = coefficient * value
         if not self.calculate_per_token_loss:
-            loss = loss / samples.trained_per_sample.sum().clamp(min=1)
+            loss = loss / samples.weight_per_sample.sum().clamp(min=1)
         return MoEAuxLossAutoScaler.apply(activation, loss)
 
     def reset_global_aux_loss_tracker(self) -> None:

@@ -36,9 +36,9 @@ def attach_prediction_losses(
 
     Takes the arguments of Megatron's `process_mtp_loss`; `hidden_states` [(1 + modules) * s, b, h]
     are the decoder's output and the modules'. Module k's label at a place is the decoder's label k
-    places on, in the same sample, and trained if that one is. As in the paper (equations 24 and
-    25), the losses are divided by the tokens that the decoder's loss is divided by: a constant of
-    the global batch, whatever its micro-batches, ranks and packs are.
+    places on, in the same sample, with its weight in the objective (`loss_mask` [b, s]). As in the
+    paper (equations 24 and 25), the losses are divided by what the decoder's loss is divided by:
+    a constant of the global batch, whatever its micro-batches, ranks and packs are.
     """
     output, *modules = hidden_states.chunk(1 + config.mtp_num_layers)
     if labels is None or not is_training:
@@ -54,12 +54,12 @@ def attach_prediction_losses(
         labels, _ = shift(labels)
         loss_mask, count = shift(loss_mask)
         logits, _ = output_layer(hidden, weight=output_weight)
-        hits, _ = _compute_mtp_acceptance_counts(
+        hits, places = _compute_mtp_acceptance_counts(
             logits, labels, loss_mask, output_layer, None, tp_group
         )
         losses = compute_language_model_loss(labels, logits) * loss_mask
         LOSSES.add(loss_name(number), losses.sum(), count)
-        LOSSES.add(acceptance_name(number), 100 * hits, count)
+        LOSSES.add(acceptance_name(number), 100 * hits, places)
         output = MTPLossAutoScaler.apply(output, scale * losses)
     return output
 

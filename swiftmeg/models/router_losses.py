@@ -5,9 +5,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_BITS = 32
+"""Of a mark, those below the sample's number: the bits of a float32."""
+
+
+def token_marks(samples: Tensor, weights: Tensor, count: int) -> Tensor:
+    """What routers have to know of each token, as `padding_mask` of Megatron's GPT model.
+
+    `samples` [b, s] numbers the `count` samples of a micro-batch from 1 and is 0 on padding;
+    `weights` [b, s] (float32, not negative) are what labels count for in the objective. Returns
+    int64 [b, s]: the number in the upper half, the bits of the weight in the lower.
+    """
+    Samples.most = max(Samples.most, count)
+    return samples.long() << _BITS | weights.contiguous().view(torch.int32).long()
+
 
 class Samples:
-    """Which sample each of this rank's tokens belongs to, and how many of a sample are trained.
+    """Which sample each of this rank's tokens belongs to, and what a sample weighs.
 
     A sample's tokens may lie on several ranks of `group`. Indices run over the tokens here, [t],
     or over samples, [n + 1], whose entry 0 is the padding's.
@@ -18,21 +32,20 @@ class Samples:
     must agree on n, and a number on the host spares the GPU a wait."""
 
     def __init__(self, marks: Tensor, group: Any) -> None:
-        self.index = marks // 2
+        self.index = marks >> _BITS
         self.real = self.index > 0
-        self.trained = (marks % 2).float()
+        self.weight = (marks & (1 << _BITS) - 1).to(torch.int32).view(torch.float32)
         self.group = group
-        counts = self._sum(torch.stack([self.real.float(), self.trained], dim=1))
-        self.tokens_per_sample, self.trained_per_sample = counts[:, 0], counts[:, 1]
+        counts = self._sum(torch.stack([self.real.float(), self.weight], dim=1))
+        self.tokens_per_sample, self.weight_per_sample = counts[:, 0], counts[:, 1]
 
     @classmethod
     def of(cls, marks: Tensor | None, logits: Tensor, group: Any) -> "Samples":
-        """From `marks` [s, b], or taking every column of `logits` [s, b, experts] for a sample."""
+        """From `token_marks` [s, b], or with a sample a column of `logits` [s, b, experts]."""
         if marks is None:
             rows, columns = logits.shape[:2]
-            cls.most = max(cls.most, columns)
-            each = 2 * torch.arange(1, columns + 1, device=logits.device) + 1
-            marks = each.expand(rows, columns)
+            numbers = torch.arange(1, columns + 1, device=logits.device).expand(rows, columns)
+            marks = token_marks(numbers, torch.ones_like(numbers, dtype=torch.float32), columns)
         return cls(marks.reshape(-1), group)
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -49,10 +62,10 @@ class Samples:
         return means[self.index]
 
     def mean(self, values: Tensor) -> Tensor:
-        """This rank's share of the sum over samples of (mean of `values` [t]) x (trained tokens).
+        """This rank's share of the sum over samples of (mean of `values` [t]) x (sample's weight).
 
-        Divided by the trained tokens of the global batch, sums over ranks and micro-batches are a
-        mean over trained tokens.
+        Divided by the weights of the global batch, sums over ranks and micro-batches are a mean
+        over what is trained on: tokens, or samples.
         """
-        weights = self.trained_per_sample / self.tokens_per_sample.clamp(min=1)
+        weights = self.weight_per_sample / self.tokens_per_sample.clamp(min=1)
         return (values * weights[self.index] * self.real).sum()

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg import platform
-from swiftmeg.args.check import check_training, check_writable, checkpoint_defaults
 from swiftmeg.args.resolve import describe
-from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import HFModel
-from swiftmeg.trainers.data import prepare_data
-from swiftmeg.trainers.run import save_root
-from swiftmeg.tuners.start import start_from
+from swiftmeg.trainers.method import Method
+from swiftmeg.trainers.start import prepare
+from swiftmeg.trainers.training_data import TrainingData
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,10 @@ class Sizes:
     """Samples, or packs, of the training set."""
 
 
-def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
+def dry_run(args: Any, sources: dict[str, str], model: HFModel, method: Method) -> None:
     """Print the plan of a training command; nothing is written and no other process is needed."""
-    start_from(args, sources, model)
-    checkpoint_defaults(args, sources)
-    check_training(args, model)
-    check_writable("--save", save_root(args, model))
-    if args.load is None and any(model.folder.glob("*.safetensors*")):
-        check_names(model.family, model.config, HFWeights(model.folder, model.config))
-    sizes = _sizes(args, model)
+    start = prepare(args, sources, model, method)
+    sizes = _sizes(args, model, start.data)
     print(describe(args, sources), flush=True)
     platform.prepare()
     from swiftmeg import upstream
@@ -52,10 +45,9 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel) -> None:
         print(line)
 
 
-def _sizes(args: Any, model: HFModel) -> Sizes:
+def _sizes(args: Any, model: HFModel, data: TrainingData | None) -> Sizes:
     """From the data; without --dataset from --max_length, else from what the model can take."""
-    if args.dataset:
-        data = prepare_data(args, model)
+    if data is not None:
         rows = None if args.streaming else len(data.train)
         return Sizes(data.longest, data.train_iters, data.eval_iters, rows)
     longest = args.seq_length or args.max_length or model.config["max_position_embeddings"]

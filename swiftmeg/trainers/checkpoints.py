@@ -8,6 +8,7 @@ import torch
 
 from swiftmeg import checkpoint, distributed
 from swiftmeg.checkpoint import folder_name
+from swiftmeg.observer import Observer
 
 
 def settle_start(args: Any, note: str | None) -> None:
@@ -73,27 +74,26 @@ def keep_random_state(megatron: Any, saved: Any) -> None:
         )
 
 
-class CheckpointFolder:
-    """The folder that a run saves to."""
+class CheckpointFolder(Observer):
+    """The folder that a run saves to: makes room in it, and holds it to --save_total_limit."""
 
     def __init__(self, folder: Path, limit: int | None) -> None:
         self.folder = folder
         self.limit = limit
 
-    def before(self, iteration: int) -> None:
-        """Make room for `iteration`; on every rank."""
+    def before_save(self, iteration: int) -> None:
         if distributed.on_rank_zero():
             checkpoint.make_room(self.folder, iteration)
         distributed.barrier()
 
-    def complete(self, iteration: int) -> None:
-        """Delete what --save_total_limit leaves no room for; on the first rank."""
+    def completed(self, iteration: int) -> None:
         if self.limit is None:
             return
         for old in checkpoint.surplus(self.folder, iteration, self.limit):
             checkpoint.remove(self.folder / folder_name(old))
-            shutil.rmtree(self.hf_folder(old), ignore_errors=True)
+            shutil.rmtree(hf_folder(self.folder, old), ignore_errors=True)
 
-    def hf_folder(self, iteration: int) -> Path:
-        """Where the Hugging Face form of `iteration` goes."""
-        return self.folder / f"{folder_name(iteration)}-hf"
+
+def hf_folder(folder: Path, iteration: int) -> Path:
+    """Where the Hugging Face form of `iteration` goes."""
+    return folder / f"{folder_name(iteration)}-hf"

@@ -1,9 +1,7 @@
-"""Training data: rows, tokens and order, up to the iterators that Megatron's loop draws from."""
+"""Reading and tokenising a run's data, as the flags say."""
 
 import logging
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg.args.rules import FP8_MULTIPLE
@@ -12,76 +10,17 @@ from swiftmeg.data.encoded.encode import encode_pairs, encode_rows
 from swiftmeg.data.encoded.lazy import LazyDataset
 from swiftmeg.data.encoded.packing import PackedDataset
 from swiftmeg.data.encoded.tokens import PairDataset
-from swiftmeg.data.loader import BatchLoader, EvalLoader, eval_iters, train_iters
+from swiftmeg.data.loader import train_iters
 from swiftmeg.data.sources.load import load_rows
 from swiftmeg.data.stream.stream import RowStream
 from swiftmeg.data.template.pairs import PairTemplate
 from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
+from swiftmeg.trainers.streaming import StreamedData
+from swiftmeg.trainers.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainingData:
-    """Tokenised sets and how to batch them."""
-
-    train: Any
-    validation: Any | None
-    collate: Collator
-    longest: int
-    """Tokens of the longest sample, or of a full pack."""
-    train_iters: int
-    """Optimizer steps."""
-    args: Any
-
-    @property
-    def eval_iters(self) -> int:
-        """Batches per evaluation; 0 without a validation set."""
-        if self.validation is None:
-            return 0
-        if self.args.eval_iters >= 0:
-            return int(self.args.eval_iters)
-        return eval_iters(len(self.validation), self.args.global_batch_size)
-
-    def provider(self, megatron: Any) -> Callable[..., tuple[Any, Any, None]]:
-        """What Megatron calls for its iterators, with its groups made and a checkpoint loaded."""
-        from megatron.core import mpu
-
-        def provide(sizes: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-            shared: dict[str, Any] = {
-                "micro_batch_size": self.args.micro_batch_size,
-                "global_batch_size": self.args.global_batch_size,
-                "dp_rank": mpu.get_data_parallel_rank(),
-                "dp_size": mpu.get_data_parallel_world_size(),
-                "num_workers": self.args.num_workers,
-            }
-            validation = None
-            if self.validation is not None:
-                validation = EvalLoader(self.validation, self.collate, **shared).repeat()
-            return iter(self.batches(megatron, shared)), validation, None
-
-        return provide
-
-    def batches(self, megatron: Any, shared: dict[str, Any]) -> Iterable[Any]:
-        """This rank's training micro-batches, from where the run stands on."""
-        return BatchLoader(
-            self.train,
-            self.collate,
-            consumed_samples=megatron.consumed_train_samples,
-            seed=self.args.seed,
-            **shared,
-        )
-
-    def resume(self, saved: Any) -> None:
-        """Take what the namespace of a checkpoint that is continued says about the data."""
-
-    def after_step(self, megatron: Any, iteration: int) -> None:
-        """End the run by `megatron.train_iters` where there is no other step; collective."""
-
-    def before_save(self, megatron: Any) -> None:
-        """Put into Megatron's namespace, which is saved, what resuming needs; collective."""
 
 
 def make_template(args: Any, tokenizer: Any, max_length: int) -> Template:
@@ -147,12 +86,10 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
 
     validation = encode(validation_rows) if validation_rows is not None else None
     if args.streaming:
-        from swiftmeg.trainers.streaming import StreamedData
-
         stream = open_stream(args)
         collate.fixed_length = _fixed_length(args, max_length)
         return StreamedData(
-            stream, validation, collate, max_length, args.train_iters, args, template
+            *(stream, validation, collate, max_length, args.train_iters, args), template=template
         )
     train = encode(train_rows)
     if len(train) == 0:

@@ -8,8 +8,8 @@ from swiftmeg import upstream
 from swiftmeg.export.hf_reader import load_hf
 from swiftmeg.export.model import load_weights
 from swiftmeg.models.build import dims_of
+from swiftmeg.trainers.method import Run
 from swiftmeg.trainers.routers import settle_routers
-from swiftmeg.trainers.run import Run
 from swiftmeg.tuners.adapters import attach
 from swiftmeg.tuners.freezing import freeze
 from swiftmeg.tuners.hf_form import fill_adapters
@@ -45,7 +45,7 @@ def model_hooks(run: Run, megatron: Any) -> list[Callable[[list[Any]], list[Any]
         hooks.append(from_peft)
     if megatron.num_experts is not None:
         hooks.append(partial(settle_routers, args=args, sources=run.sources))
-    return hooks
+    return hooks + run.method.hooks(run, megatron)
 
 
 def tuner_hooks(args: Any) -> list[Callable[[list[Any]], list[Any]]]:

@@ -1,7 +1,8 @@
-"""What a run shows and keeps: console lines, logging.jsonl, a curve per TensorBoard scalar."""
+"""What a run shows and keeps of its numbers: console lines and logging.jsonl."""
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from megatron.core import mpu
 from torch import Tensor
 
+from swiftmeg.observer import Observer, Step
 from swiftmeg.trainers.losses import step_losses
 
 
@@ -19,9 +21,11 @@ class TokenCounter:
     def __init__(self) -> None:
         self.tokens = 0
 
-    def add(self, batch: dict[str, Tensor]) -> None:
-        """Count one micro-batch."""
-        self.tokens += int(batch["num_tokens"])
+    def counted(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The same micro-batches, each counted as it is taken."""
+        for batch in batches:
+            self.tokens += int(batch["num_tokens"])
+            yield batch
 
     def take(self) -> int:
         """Tokens since the last call, summed over data-parallel ranks; collective."""
@@ -41,7 +45,7 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class RunLog:
+class RunLog(Observer):
     """Collects what Megatron logs; the last rank prints it and writes logging.jsonl.
 
     Losses are means of the steps since the previous multiple of --log_interval, as on Megatron's
@@ -60,30 +64,16 @@ class RunLog:
         self.steps = 0
         self.suffix = ""
 
-    def observe(
-        self,
-        loss_dict: dict[str, Tensor],
-        total_loss_dict: dict[str, Any],
-        learning_rate: float | None,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        grad_norm: float | None,
-        params_norm: float | None,
-        *args: Any,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Take one step's metrics; on every rank, with training_log's own arguments."""
+    def after_step(self, step: Step) -> None:
+        iteration = step.iteration
         if self.first_iteration is None:
             self.first_iteration = self.last_iteration = iteration - 1
-        losses = loss_dict | step_losses(self.args)
-        if not skipped_iter:
+        losses = step.losses | step_losses(self.args)
+        if not step.skipped:
             self.steps += 1
             for key, value in losses.items():
                 self.sums[key] = self.sums.get(key, 0.0) + float(value)
-        if not (is_first_iteration or iteration % self.args.log_interval == 0):
+        if not (step.is_first or iteration % self.args.log_interval == 0):
             return
         tokens = self.counter.take()
         now = time.monotonic()
@@ -94,17 +84,17 @@ class RunLog:
         memory = peak_memory_gib()
         seconds = (now - self.last) / max(iteration - self.last_iteration, 1)
         record: dict[str, Any] = {k: total / max(self.steps, 1) for k, total in self.sums.items()}
-        record["grad_norm"] = grad_norm
-        if params_norm is not None:
-            record["params_norm"] = params_norm
+        record["grad_norm"] = step.grad_norm
+        if step.params_norm is not None:
+            record["params_norm"] = step.params_norm
         record |= {
-            "learning_rate": learning_rate,
+            "learning_rate": step.learning_rate,
             "elapsed_time_per_iteration": seconds,
             "tokens_per_second": per_second,
             "memory(GiB)": memory,
             "elapsed_time": str(timedelta(seconds=round(elapsed))),
             "remaining_time": str(timedelta(seconds=round(remaining))),
-            "loss_scale": loss_scale,
+            "loss_scale": step.loss_scale,
             "consumed_samples": self.args.consumed_train_samples,
             "global_step/max_steps": f"{iteration}/{self.args.train_iters}",
         }
@@ -114,26 +104,22 @@ class RunLog:
             f" remaining time: {record['remaining_time']} |"
         )
         self._write(record)
-        if not is_first_iteration:
+        if not step.is_first:
             self.sums, self.steps = {}, 0
         self.last, self.last_iteration = now, iteration
 
-    def observe_evaluation(self, iteration: int, losses: dict[str, float]) -> None:
-        """Take one evaluation's losses; the time it took counts for no training step."""
+    def evaluated(self, iteration: int, losses: dict[str, float]) -> None:
         if losses:
             record: dict[str, Any] = {f"eval_{key}": value for key, value in losses.items()}
             record["global_step/max_steps"] = f"{iteration}/{self.args.train_iters}"
             self._write(record)
-        self.last = time.monotonic()
+        self.last = time.monotonic()  # the time it took counts for no training step
 
-    def print_line(self, line: str) -> None:
-        """Print Megatron's line from the last rank, with what it lacks."""
-        if self.is_writer:
-            own, self.suffix = self.suffix, ""
-            print(
-                line + own if " iteration " in line and "consumed samples" in line else line,
-                flush=True,
-            )
+    def line(self, text: str) -> str:
+        if " iteration " not in text or "consumed samples" not in text:
+            return text
+        own, self.suffix = self.suffix, ""
+        return text + own
 
     def _write(self, record: dict[str, Any]) -> None:
         if not self.is_writer:
@@ -141,30 +127,3 @@ class RunLog:
         rounded = {k: round(v, 8) if isinstance(v, float) else v for k, v in record.items()}
         with self.file.open("a") as file:
             file.write(json.dumps(rounded) + "\n")
-
-
-def draw_curves(events: Path, target: Path) -> None:
-    """Draw every scalar under `events` (a TensorBoard folder) as target/NAME.png."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    reader = EventAccumulator(str(events))
-    reader.Reload()
-    target.mkdir(parents=True, exist_ok=True)
-    for tag in reader.Tags()["scalars"]:
-        points = reader.Scalars(tag)
-        figure, axes = pyplot.subplots(figsize=(8, 5))
-        axes.plot(
-            [p.step for p in points],
-            [p.value for p in points],
-            marker="." if len(points) < 50 else "",
-        )
-        axes.set_title(tag)
-        axes.set_xlabel("samples" if tag.endswith("vs samples") else "iteration")
-        axes.grid(alpha=0.3)
-        name = tag.replace("/", "_").replace(".", "_").replace(" ", "_")
-        figure.savefig(target / f"{name}.png", dpi=100, bbox_inches="tight")
-        pyplot.close(figure)

@@ -9,12 +9,12 @@ from swiftmeg import distributed
 from swiftmeg.data.stream.stream_loader import Rest, StreamLoader, StreamPosition, stream_key
 from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
-from swiftmeg.trainers.data import TrainingData
+from swiftmeg.trainers.training_data import TrainingData
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class StreamedData(TrainingData):
     """`train` is a RowStream. Checkpoints keep its position, in Megatron's namespace."""
 

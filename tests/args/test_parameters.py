@@ -82,9 +82,9 @@ class Context:
     model: Any
 
     def data(self) -> Any:
-        from swiftmeg.trainers.data import prepare_data
+        from swiftmeg.trainers.methods import METHODS
 
-        return prepare_data(self.args, self.model)
+        return METHODS["sft"].prepare_data(self.args, self.model)
 
 
 def train_rows(context: Context) -> Any:
@@ -141,13 +141,13 @@ def environ(name: str) -> Callable[[Context], Any]:
 
 
 def save_root(context: Context) -> Any:
-    from swiftmeg.trainers.run import save_root as root
+    from swiftmeg.trainers.start import save_root as root
 
     return root(context.args, context.model).name
 
 
 def versioned(context: Context) -> Any:
-    from swiftmeg.trainers.run import next_version
+    from swiftmeg.trainers.output import next_version
 
     if context.args.add_version:
         return "versioned"
@@ -692,7 +692,7 @@ def namespaces(groups: list[dict[str, Any]], attributes: list[str]) -> list[dict
     from megatron.training.global_vars import destroy_global_vars
 
     from swiftmeg import upstream
-    from swiftmeg.trainers.data import TrainingData
+    from swiftmeg.trainers.training_data import TrainingData
     from swiftmeg.trainers.training_namespace import training_namespace
 
     upstream.apply()
@@ -770,11 +770,11 @@ def test_megatron_gets_every_value(inputs: Path) -> None:
 
 def test_the_learning_rate_can_be_left_out() -> None:
     """no_log_learning_rate_to_tensorboard"""
-    from swiftmeg.trainers.run import _leave_out
+    from swiftmeg.trainers.output import leave_out
 
     written = []
     writer = SimpleNamespace(add_scalar=lambda tag, *values: written.append(tag))
-    _leave_out(writer, "learning-rate")
+    leave_out(writer, "learning-rate")
     for tag in ("learning-rate", "lm loss", "learning-rate vs samples"):
         writer.add_scalar(tag, 1.0, 1)
     assert written == ["lm loss"]

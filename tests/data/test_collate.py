@@ -35,6 +35,7 @@ def test_padding_free():
         "max_seqlen": torch.int32,
         "num_tokens": torch.int64,
         "samples": torch.int64,
+        "weights": torch.float32,
         "num_samples": torch.int64,
     }
     assert batch["num_samples"].item() == 2
@@ -69,6 +70,25 @@ def test_weights_go_with_the_labels():
     assert "loss_scale" not in Collator(PAD)([row(4, 5)])
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_what_labels_count_for(padding_free):
+    rows = [row(1, 2, 3, trained=2), row(4, 5, 6, trained=1), row(7, 8, trained=0)]
+    weights = Collator(PAD, padding_free)(rows)["weights"].flatten().tolist()
+    per_sample = Collator(PAD, padding_free, sample_weight=0.5)(rows)["weights"].flatten().tolist()
+    ends = [0, 0] if padding_free else [0, 0, 0]
+    assert weights == [1, 1, 0, 0, 1, 0, *ends]
+    assert per_sample == [0.25, 0.25, 0, 0, 0.5, 0, *ends]
+
+
+def test_sides_of_a_pair_are_samples_of_their_own():
+    pairs = [{"chosen": row(1, 2), "rejected": row(3)}, {"chosen": row(4), "rejected": row(5)}]
+    for items in (pairs, [pairs]):  # by themselves, and in a pack
+        batch = Collator(PAD)(items)
+        assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
+        assert batch["samples"].tolist() == [[1, 1, 2, 3, 4]]
+        assert batch["num_samples"].item() == 4
+
+
 def test_a_full_row_gets_no_padding():
     batch = Collator(PAD, pad_to_multiple_of=5)([row(1, 2, 3), row(4, 5)])
     assert batch["cu_seqlens"].tolist() == [0, 3, 5]
@@ -78,14 +98,16 @@ def test_a_full_row_gets_no_padding():
 def test_padded(options):
     batch = Collator(PAD, padding_free=False, **options)([row(1, 2, 3, trained=2), row(4, 5)])
     assert batch.keys() == {
-        "input_ids", "labels", "position_ids", "samples", "num_tokens", "num_samples",
+        "input_ids", "labels", "position_ids", "samples", "weights", "num_tokens", "num_samples",
     }  # fmt: skip
     assert batch["samples"].tolist() == [[1, 1, 1, 0], [2, 2, 0, 0]]
     assert batch["num_tokens"].item() == 5
     assert batch["input_ids"].tolist() == [[1, 2, 3, PAD], [4, 5, PAD, PAD]]
     assert batch["labels"].tolist() == [[2, 3, -100, -100], [5, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3]] * 2
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert batch["weights"].dtype == torch.float32
+    others = {tensor.dtype for name, tensor in batch.items() if name != "weights"}
+    assert others == {torch.int64}
 
 
 def test_nothing_is_predicted_across_a_border():

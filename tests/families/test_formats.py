@@ -21,7 +21,9 @@ from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build, difference
 from tests.families.folders import weights_of, write, write_named
 from tests.families.specimens import ALL
+from tests.layouts.test_training import run_training
 from tests.ranks import run_ranks
+from tests.tiny import save_tokenizer
 
 Weights = dict[str, torch.Tensor]
 BLOCK = (16, 12)
@@ -33,9 +35,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     for name in ("deepseek_v3", "qwen3_moe", "qwen2"):
         write_named(folder / name, name)
-    specimen = ALL["gpt_oss"]
-    wide = dataclasses.replace(specimen, sizes=specimen.sizes | {"hidden_size": 64})
-    write(folder / "gpt_oss-32", wide, seed=1)
+    wider = {
+        "gpt_oss-32": {"hidden_size": 64},
+        "gpt_oss-text": {"hidden_size": 64, "vocab_size": 331},
+        "deepseek_v3-text": {"vocab_size": 331},
+    }
+    for name, sizes in wider.items():
+        specimen = ALL[name.partition("-")[0]]
+        write(folder / name, dataclasses.replace(specimen, sizes=specimen.sizes | sizes), seed=1)
     return folder
 
 
@@ -190,10 +197,10 @@ def test_names_are_strict(root: Path) -> None:
     for change in (unprefixed, with_buffers):
         folder = derive(root, "qwen2", change)
         model = read_model(str(folder))
-        check_names(model.family, model.config, HFWeights(folder))
+        check_names(model.family, model.config, HFWeights(folder, model.config))
     folder = derive(root, "qwen2", with_a_stranger)
     with pytest.raises(UserError, match=r"rotary_emb\.cos_cached"):
-        check_names(model.family, model.config, HFWeights(folder))
+        check_names(model.family, model.config, HFWeights(folder, model.config))
 
 
 def parameters_of(folder: str) -> Weights:
@@ -335,3 +342,26 @@ def test_a_killed_save_leaves_the_previous_one(root: Path, tmp_path: Path) -> No
         read_model(str(broken))
     run_ranks(1, save, str(source), str(target), Layout(1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3-text", "gpt_oss-text"])
+def test_training_begins_from_quantised_weights(root: Path, tmp_path: Path, name: str) -> None:
+    fp8 = name.startswith("deepseek")
+    quantization = QUANTIZATION if fp8 else {"quant_method": "mxfp4"}
+    change = quantised if fp8 else in_mxfp4
+    folder = derive(root, name, change, quantization_config=quantization)
+    save_tokenizer(folder, read_model(str(folder)).config["vocab_size"])
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    flags = {
+        "model": folder,
+        "dataset": tmp_path / "rows.jsonl",
+        "train_iters": 1,
+        "global_batch_size": 1,
+        "save": tmp_path / "out",
+        "add_version": "false",
+        "no_save_optim": "true",
+    }
+    run_ranks(1, run_training, [word for k, v in flags.items() for word in (f"--{k}", str(v))])
+    (line,) = (tmp_path / "out" / "logging.jsonl").read_text().splitlines()
+    assert 0 < json.loads(line)["lm loss"] < 20

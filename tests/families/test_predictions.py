@@ -132,4 +132,4 @@ def test_zero_leaves_them_out(root: Path, tmp_path: Path) -> None:
 def test_silence_is_refused(root: Path, name: str) -> None:
     model = read_model(str(root / name))
     with pytest.raises(UserError, match="--mtp_num_layers 1 to keep them, or --mtp_num_layers 0"):
-        check_names(model.family, model.config, HFWeights(model.folder))
+        check_names(model.family, model.config, HFWeights(model.folder, model.config))

@@ -21,21 +21,19 @@ def token_losses(folder: str, batches: list[tuple[str, list[list[int]]]]) -> lis
     from swiftmeg.export.model import build_model
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model
-    from swiftmeg.trainers.log import TokenCounter
-    from swiftmeg.trainers.sft import make_forward_step
+    from swiftmeg.trainers.forward import forward
 
     model = read_model(folder)
     namespace, models = build_model(ExportArguments(torch_dtype="float32"), model)
     load_hf(models, model.folder, model.family, model.config, dims_of(namespace))
     models[0].eval()  # Megatron's own default has dropout
-    step = make_forward_step(TokenCounter())
     found = []
     for kind, rows in batches:
         collate = Collator(0, padding_free=kind != "padded")
         samples: list[Any] = [{"input_ids": row, "labels": row} for row in rows]
         batch = collate([samples] if kind == "packed" else samples)
         with torch.no_grad():
-            losses, _ = step(iter([batch]), models[0])
+            _, losses = forward(iter([batch]), models[0])
         if kind == "padded":
             each = [row[: len(tokens)] for row, tokens in zip(losses, rows, strict=True)]
         else:

@@ -72,9 +72,10 @@ def run_training(argv: list[str]) -> None:
     """`megatron sft` inside an existing job."""
     from swiftmeg.args.commands import SftArguments
     from swiftmeg.args.read import read_training_arguments
+    from swiftmeg.trainers.methods import METHODS
     from swiftmeg.trainers.run import train
 
-    train(*read_training_arguments(SftArguments, argv, "megatron sft"))
+    train(*read_training_arguments(SftArguments, argv, "megatron sft"), METHODS["sft"])
 
 
 def train_steps(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from swiftmeg.observer import Observer
 from tests.matrix import lora
 from tests.matrix.cases import Row
 from tests.ranks import run_ranks
@@ -45,6 +46,7 @@ def flags(work: Path, row: Row, save: Path, extra: dict[str, Any]) -> list[str]:
             "save": save,
             "add_version": "false",
             "strict": "true",
+            "no_save_optim": "true",
         }
         | row.flags
         | extra
@@ -56,57 +58,62 @@ def flags(work: Path, row: Row, save: Path, extra: dict[str, Any]) -> list[str]:
 def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> list[str]:
     """`megatron sft` on one rank, with gradients and weights written to `out`.
 
-    Gradients are those of the first step; LoRA's are those of the second, since as long as B is
-    zero A has none. Returns what is wrong with this rank's copies of parameters.
+    Returns what is wrong with this rank's copies of parameters.
     """
-    from megatron.training import training
-
-    from swiftmeg import upstream
     from swiftmeg.args.commands import SftArguments
     from swiftmeg.args.read import read_training_arguments
-    from swiftmeg.trainers import log
+    from swiftmeg.trainers import curves
+    from swiftmeg.trainers.methods import METHODS
     from swiftmeg.trainers.run import train
 
     args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")
-    faults: list[str] = []
-    steps = 0
-    setup = training.setup_model_and_optimizer
-
-    def watched(*positional: Any, **named: Any) -> Any:
-        models, optimizer, scheduler = setup(*positional, **named)
-        step = optimizer.step
-
-        def observed(*positional: Any, **named: Any) -> Any:
-            nonlocal steps
-            if steps == int(args.is_lora):
-                if args.is_lora:
-                    lora.write(args, model, models, Path(out) / "start")
-                    lora.write(args, model, models, Path(out) / "gradients", gradients(models))
-                else:
-                    write(model, models, Path(out) / "gradients", gradients(models))
-            steps += 1
-            return step(*positional, **named)
-
-        optimizer.step = observed
-        return models, optimizer, scheduler
-
-    def save_checkpoint(iteration: int, models: Any, *positional: Any, **named: Any) -> None:
-        faults.extend(differing_copies(models))
-        if args.is_lora:
-            lora.write(args, model, models, Path(out) / "adapters")
-            lora.merge(models)
-        write(model, models, Path(out) / "weights")
-
-    def on_save(*args: Any) -> None:
-        training.save_checkpoint = save_checkpoint
-
-    training.setup_model_and_optimizer = watched
-    upstream.on_save = on_save
-    log.draw_curves = lambda *args: None
+    curves.draw_curves = lambda *args: None
     if mutate is not None:
         mutate()
-    train(args, sources, model)
-    return faults
+    kept = Keeper(args, model, Path(out))
+    train(args, sources, model, METHODS["sft"], [kept])
+    return kept.faults
+
+
+class Keeper(Observer):
+    """Writes gradients before a step and weights at the end.
+
+    Gradients are those of the first step; LoRA's are those of the second, since as long as B is
+    zero A has none.
+    """
+
+    def __init__(self, args: Any, model: Any, out: Path) -> None:
+        self.args = args
+        self.model = model
+        self.out = out
+        self.steps = 0
+        self.faults: list[str] = []
+
+    def built(self, models: list[Any], optimizer: Any) -> None:
+        step = optimizer.step
+
+        def observed() -> Any:
+            if self.steps == int(self.args.is_lora):
+                self._write_gradients(models)
+            self.steps += 1
+            return step()
+
+        optimizer.step = observed
+
+    def _write_gradients(self, models: list[Any]) -> None:
+        folder, found = self.out / "gradients", gradients(models)
+        if self.args.is_lora:
+            lora.write(self.args, self.model, models, self.out / "start")
+            lora.write(self.args, self.model, models, folder, found)
+        else:
+            write(self.model, models, folder, found)
+
+    def saved(self, iteration: int, models: list[Any]) -> None:
+        self.faults += differing_copies(models)
+        if self.args.is_lora:
+            lora.write(self.args, self.model, models, self.out / "adapters")
+            lora.merge(models)
+        write(self.model, models, self.out / "weights")
 
 
 def write(

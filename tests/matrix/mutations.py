@@ -27,8 +27,8 @@ def _replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
 def mean_of_means() -> None:
     from swiftmeg.trainers import sft
 
-    def loss_function(mask: Any, losses: Any) -> Any:
-        mean = (losses * mask).sum() / mask.sum().clamp(min=1)
+    def loss_function(weights: Any, losses: Any) -> Any:
+        mean = (losses * weights).sum() / weights.sum().clamp(min=1)
         one = torch.ones((), dtype=torch.int)
         return mean, one, {"lm loss": torch.stack([mean.detach(), one.float()])}
 
@@ -38,7 +38,9 @@ def mean_of_means() -> None:
 def train_on_prompts() -> None:
     from swiftmeg.trainers import sft
 
-    _replace(sft, "loss_function", lambda f: lambda mask, losses: f(torch.ones_like(mask), losses))
+    _replace(
+        sft, "loss_function", lambda f: lambda weights, losses: f(torch.ones_like(weights), losses)
+    )
 
 
 def drop_micro_batches() -> None:
@@ -47,9 +49,9 @@ def drop_micro_batches() -> None:
     calls = []
 
     def make(original: Any) -> Any:
-        def loss_function(mask: Any, losses: Any) -> Any:
+        def loss_function(weights: Any, losses: Any) -> Any:
             calls.append(1)
-            total, count, report = original(mask, losses)
+            total, count, report = original(weights, losses)
             return (total if len(calls) % 2 else total * 0), count, report
 
         return loss_function
@@ -58,7 +60,7 @@ def drop_micro_batches() -> None:
 
 
 def samples_see_each_other() -> None:
-    from swiftmeg.trainers import sft
+    from swiftmeg.trainers import forward
 
     def make(original: Any) -> Any:
         def packed_params(borders: Any, longest: Any) -> Any:
@@ -66,11 +68,11 @@ def samples_see_each_other() -> None:
 
         return packed_params
 
-    _replace(sft, "packed_params", make)
+    _replace(forward, "packed_params", make)
 
 
 def contiguous_chunks() -> None:
-    from swiftmeg.trainers import sft
+    from swiftmeg.trainers import forward
 
     def make(original: Any) -> Any:
         def cut_batch(batch: Any, rank: int, size: int) -> Any:
@@ -78,7 +80,7 @@ def contiguous_chunks() -> None:
 
         return cut_batch
 
-    _replace(sft, "cut_batch", make)
+    _replace(forward, "cut_batch", make)
 
 
 def keys_without_other_ranks_gradients() -> None:

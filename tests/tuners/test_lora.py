@@ -71,22 +71,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_and_keep_start(argv: list[str], start: str) -> None:
     """`megatron sft` on one rank, which also writes the adapters from before its first step."""
-    from megatron.training import training
-
     from swiftmeg.args.commands import SftArguments
     from swiftmeg.args.read import read_training_arguments
+    from swiftmeg.observer import Observer
+    from swiftmeg.trainers.methods import METHODS
     from swiftmeg.trainers.run import train
 
     args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")
-    setup = training.setup_model_and_optimizer
 
-    def watched(*positional: Any, **named: Any) -> Any:
-        made = setup(*positional, **named)
-        write_adapters(args, model, made[0], Path(start))
-        return made
+    class Start(Observer):
+        def built(self, models: list[Any], optimizer: Any) -> None:
+            write_adapters(args, model, models, Path(start))
 
-    training.setup_model_and_optimizer = watched
-    train(args, sources, model)
+    train(args, sources, model, METHODS["sft"], [Start()])
 
 
 def adam_of(peft: Any, plus: bool) -> torch.optim.Optimizer:

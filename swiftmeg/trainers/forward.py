@@ -1,0 +1,68 @@
+"""One micro-batch through the model, whatever is then made of its output."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from swiftmeg.models.context import cut_batch
+from swiftmeg.models.router_losses import token_marks
+
+Batch = dict[str, Tensor]
+
+
+def forward(iterator: Iterator[Batch], model: Any) -> tuple[Batch, Tensor]:
+    """Run a model part on the next micro-batch of a Collator.
+
+    Returns the batch where the model is, as far as this context-parallel rank holds it, and the
+    output: on the last pipeline stage the cross entropy of every label, fp32 [b, s] (a negative
+    log-probability in nats, also where nothing is trained), elsewhere hidden states.
+    """
+    batch = next(iterator)
+    longest = batch.pop("max_seqlen", None)  # wanted on the host
+    count = int(batch["num_samples"])
+    batch = to_device(batch)
+    size = mpu.get_context_parallel_world_size()
+    if size > 1:
+        batch = cut_batch(batch, mpu.get_context_parallel_rank(), size)
+    marks = None
+    if get_model_config(model).num_moe_experts is not None:
+        marks = token_marks(batch["samples"], batch["weights"], count)
+    output = model(
+        batch["input_ids"],
+        batch["position_ids"],
+        None,
+        labels=batch["labels"].clamp(min=0),
+        loss_mask=batch["weights"],
+        packed_seq_params=packed_params(batch.get("cu_seqlens"), longest),
+        padding_mask=marks,
+    )
+    return batch, output
+
+
+def to_device(batch: Batch) -> Batch:
+    """Move a batch to where the model is."""
+    device = torch.cuda.current_device()
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def packed_params(cu_seqlens: Tensor | None, longest: Tensor | None) -> PackedSeqParams | None:
+    """Describe the segments of a padding-free batch to Megatron's attention and RoPE.
+
+    Padding inside a segment counts as its last tokens: earlier ones do not attend to it, kernels
+    without support for gaps can run, and no chunk of a rank is ever without a token.
+    None for a padded batch, which has no `cu_seqlens` [segments + 1].
+    """
+    if cu_seqlens is None or longest is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=int(longest),
+        max_seqlen_kv=int(longest),
+    )
