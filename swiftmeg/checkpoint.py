@@ -13,15 +13,22 @@ import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from swiftmeg.errors import UserError
+from swiftmeg.trust import Untrusted
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """The file that names the latest iteration; readers of other programs know it too."""
 
 LAST_FILE = "metadata.json"
 """What Megatron writes when all ranks have written their parts."""
+
+FORMAT = "torch_dist"
+"""The format of Megatron's checkpoints that are read and written."""
+
+_COMMON_STATE = "common_state/shard_0_1"
+"""The entry that holds the arguments of the run that wrote the checkpoint."""
 
 UNFINISHED = ".unfinished"
 """How the name of a folder ends that is being written; it begins with a dot."""
@@ -41,9 +48,23 @@ def folder_name(iteration: int | str) -> str:
     return "release" if iteration == "release" else f"iter_{int(iteration):07d}"
 
 
+def read_tracker(folder: Path) -> int | Literal["release"]:
+    """The iteration that the tracker names; UserError, with what was found, for anything else."""
+    try:
+        with (folder / TRACKER).open(errors="replace") as file:
+            word = file.read(100).strip()
+    except OSError as error:
+        raise UserError(f"{TRACKER} cannot be read ({error.strerror})") from None
+    if word == "release":
+        return "release"
+    if re.fullmatch(r"[0-9]{1,12}", word) is None:
+        raise UserError(f"{TRACKER} says {word!r}, which is no number of an iteration")
+    return int(word)
+
+
 def read_iteration(folder: Path) -> str:
     """The name of the iteration folder that the tracker names."""
-    return folder_name((folder / TRACKER).read_text(errors="replace").strip())
+    return folder_name(read_tracker(folder))
 
 
 def iterations(folder: Path) -> list[int]:
@@ -53,17 +74,26 @@ def iterations(folder: Path) -> list[int]:
 
 
 def missing(iteration: Path) -> str | None:
-    """What an iteration's folder lacks, by names and sizes of its files; None if it is whole."""
+    """What an iteration's folder lacks, by names and sizes of its files; None if it is whole.
+
+    Untrusted if its index asks for code or for files elsewhere.
+    """
+    from swiftmeg.unpickling import INDEX, read_index
+
     try:
-        json.loads((iteration / LAST_FILE).read_text())
-    except (OSError, ValueError):
+        said = json.loads((iteration / LAST_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
         return f"{iteration.name} is missing or incomplete"
+    if not isinstance(said, dict) or said.get("sharded_backend") != FORMAT:
+        return f"{iteration / LAST_FILE} does not say that this is a checkpoint in {FORMAT} format"
     try:
-        index = _index(iteration)
-    except Exception as error:  # a damaged pickle raises errors of many kinds
-        return f"{iteration / '.metadata'} cannot be read ({error!r})"
+        index = read_index(iteration / INDEX)
+    except Untrusted:
+        raise
+    except UserError as error:
+        return str(error)
     ends: dict[str, int] = {}
-    for entry in index:
+    for entry in index.storage_data.values():
         file = entry.relative_path
         ends[file] = max(ends.get(file, 0), entry.offset + entry.length)
     for file, end in sorted(ends.items()):
@@ -79,15 +109,48 @@ def damaged(iteration: Path, share: int = 0, shares: int = 1) -> str | None:
     """Which file's content is not what was written; None if all is well.
 
     Reads every `shares`-th entry from the `share`-th on, so that the ranks of a job can divide the
-    work. The iteration must be whole by `missing`.
+    work. The iteration must be whole by `missing`. Untrusted if what is no tensor asks for code.
     """
-    entries = sorted(_index(iteration), key=lambda each: (each.relative_path, each.offset))
-    for entry in entries[share::shares]:
+    from swiftmeg.unpickling import INDEX, is_item, load_item, read_index
+
+    index = read_index(iteration / INDEX)
+    entries = sorted(
+        index.storage_data.items(), key=lambda each: (each[1].relative_path, each[1].offset)
+    )
+    for key, place in entries[share::shares]:
         try:
-            read_entry(iteration, entry)
+            content = read_entry(iteration, place)
+            if is_item(index, key):
+                load_item(content, iteration / place.relative_path)
+        except Untrusted:
+            raise
         except UserError as error:
             return str(error)
     return None
+
+
+def read_common_state(iteration: Path) -> dict[str, Any]:
+    """What an iteration says of the run that wrote it: its arguments, `args`, and more.
+
+    Untrusted if it asks for code; UserError, naming the file, if it is damaged.
+    """
+    from swiftmeg.unpickling import COMMON, INDEX, load_item, read_index
+
+    legacy = iteration / COMMON
+    if legacy.is_file():
+        path, state = legacy, load_item(io.BytesIO(legacy.read_bytes()), legacy)
+    else:
+        places = {
+            key.fqn: place for key, place in read_index(iteration / INDEX).storage_data.items()
+        }
+        if _COMMON_STATE not in places:
+            raise UserError(f"{iteration} does not say with which arguments it was written")
+        path = iteration / places[_COMMON_STATE].relative_path
+        items = load_item(read_entry(iteration, places[_COMMON_STATE]), path)
+        state = items[0] if isinstance(items, list) and len(items) == 1 else None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} does not say with which arguments the checkpoint was written")
+    return state
 
 
 def read_entry(iteration: Path, entry: Any) -> io.BytesIO:
@@ -109,13 +172,6 @@ def read_entry(iteration: Path, entry: Any) -> io.BytesIO:
         raise UserError(f"{path} is damaged: bytes {entry.offset} to {end}")
     content.seek(0)
     return content
-
-
-def _index(iteration: Path) -> list[Any]:
-    """Where each part of the checkpoint lies: relative_path, offset and length (bytes)."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    return list(FileSystemReader(iteration).read_metadata().storage_data.values())
 
 
 def latest_whole(folder: Path, below: int | None = None) -> int | None:
@@ -173,10 +229,11 @@ def examine(flag: str, folder: str, step: int | None = None) -> tuple[Path, str 
         return path, missing(path / folder_name(step)), step
     if not tracker.is_file():
         return path, f"{TRACKER} is missing", None
-    word = tracker.read_text(errors="replace").strip()
-    if word != "release" and not word.isdecimal():
-        return path, f"{TRACKER} says {word!r}, which is no number", None
-    number = None if word == "release" else int(word)
+    try:
+        word = read_tracker(path)
+    except UserError as error:
+        return path, str(error), None
+    number = None if word == "release" else word
     fault = missing(path / folder_name(word))
     if fault is not None and "missing or incomplete" in fault:
         fault = f"{TRACKER} names {folder_name(word)}, which is missing or incomplete"
@@ -215,7 +272,7 @@ def make_room(folder: Path, iteration: int) -> None:
     if not target.exists():
         return
     tracker = folder / TRACKER
-    if tracker.is_file() and tracker.read_text().strip() == str(iteration):
+    if tracker.is_file() and tracker.read_text(errors="replace").strip() == str(iteration):
         previous = latest_whole(folder, iteration)
         if previous is None:
             tracker.unlink()

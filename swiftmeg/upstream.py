@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from swiftmeg import platform
-from swiftmeg.checkpoint import TRACKER, write_tracker
+from swiftmeg.checkpoint import TRACKER, read_tracker, write_tracker
+from swiftmeg.unpickling import load_item, read_index
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,6 +41,8 @@ def apply() -> None:
     training.report_theoretical_memory = training.report_memory = lambda *args, **kwargs: None
     _train_bias_of_frozen_weight()
     _replace_tracker_in_one_step()
+    _read_tracker_alone()
+    _unpickle_known_classes()
     _resume_torch_adam()
     _build_predictions_of_own_layers()
     if not platform.has_cuda():
@@ -211,6 +214,50 @@ def _replace_tracker_in_one_step() -> None:
     from megatron.training import checkpointing
 
     checkpointing.maybe_msc = _Storage(msc_utils.maybe_msc)
+
+
+def _read_tracker_alone() -> None:
+    """Let Megatron find the iteration to load where this project does, or where --ckpt_step says.
+
+    Its own reader ends the process with exit code 0 at a word that is no number, and takes the
+    iteration from --ckpt_step but the kind, `release`, from the tracker. Can go when it does not.
+    """
+    from megatron.training import checkpointing, get_args
+
+    def read_metadata(file: str) -> tuple[int, bool]:
+        if step := get_args().ckpt_step:
+            return step, False
+        word = read_tracker(Path(file).parent)
+        return (0, True) if word == "release" else (word, False)
+
+    checkpointing.read_metadata = read_metadata
+
+
+def _unpickle_known_classes() -> None:
+    """Let torch's reader of checkpoints make objects of known classes only.
+
+    It unpickles the index and all that is no tensor, with whatever code is in them. What a command
+    reads has been looked at before; this holds for any reader in Megatron. Can go when torch's
+    reader has `weights_only`.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.metadata import StorageMeta
+
+    def read_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        index = read_index(Path(self._get_metadata_path(kwargs.get("rank"))))
+        meta = index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
+        meta.load_id = self.load_id
+        return index
+
+    def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        if self.flatten_state_dict:
+            raise NotImplementedError(f"{name}: Megatron reads no flattened state")
+        self.state_dict[name] = load_item(value, Path(name))
+
+    FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
+    DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
 
 
 def write_in_background() -> None:

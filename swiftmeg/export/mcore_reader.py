@@ -11,10 +11,8 @@ import torch
 from megatron.core import dist_checkpointing, mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -22,11 +20,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from swiftmeg.checkpoint import read_entry, read_iteration
+from swiftmeg.checkpoint import read_common_state, read_entry, read_iteration
 from swiftmeg.errors import UserError
 from swiftmeg.export.hf_files import listed
 from swiftmeg.export.lazy_weights import storage_of
 from swiftmeg.export.shards import LiveWeight
+from swiftmeg.unpickling import INDEX, read_index
 
 _NOT_WEIGHTS = "optimizer."
 """How the names of what a run keeps beside its weights begin."""
@@ -45,9 +44,9 @@ class CheckpointSupply:
     def __init__(self, models: list[Any], folder: Path) -> None:
         self._bytes_read = 0
         self._folder = folder / read_iteration(folder)
-        self._index = FileSystemReader(self._folder).read_metadata()
+        self._index = read_index(self._folder / INDEX)
         content = dist_checkpointing.load_content_metadata(
-            preloaded_state_dict=load_common_state_dict(self._folder)
+            preloaded_state_dict=read_common_state(self._folder)
         )
         ranks = mpu.get_data_parallel_group(with_context_parallel=True)
         metadata = {**(content or {}), "dp_cp_group": ranks}

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import checkpointing
 from megatron.training.initialize import initialize_megatron
 
 from swiftmeg import platform, upstream
 from swiftmeg.args.namespace import layout_attributes, megatron_namespace, model_flags
-from swiftmeg.checkpoint import folder_name, read_iteration
+from swiftmeg.checkpoint import folder_name, read_common_state, read_iteration
 from swiftmeg.errors import UserError
 from swiftmeg.export.lazy_weights import Weights, Whole, fill_all
 from swiftmeg.export.mcore_reader import CheckpointSupply
@@ -118,7 +117,7 @@ def _attributes(args: Any, model: HFModel) -> dict[str, Any]:
 def saved_arguments(folder: Path, step: int | None = None) -> Any:
     """Megatron's namespace of the run that wrote iteration `step`, or the latest, of `folder`."""
     name = read_iteration(folder) if step is None else folder_name(step)
-    return load_common_state_dict(folder / name).get("args")
+    return read_common_state(folder / name).get("args")
 
 
 def check_same_model(

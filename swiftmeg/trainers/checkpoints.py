@@ -9,6 +9,7 @@ import torch
 from swiftmeg import checkpoint, distributed
 from swiftmeg.checkpoint import folder_name
 from swiftmeg.observer import Observer
+from swiftmeg.trust import Untrusted
 
 
 def settle_start(args: Any, note: str | None) -> None:
@@ -42,17 +43,24 @@ def nothing_left(args: Any, train_iters: int) -> str | None:
 
 
 def _tracked(folder: Path) -> int | None:
-    word = (folder / checkpoint.TRACKER).read_text().strip()
-    return int(word) if word.isdecimal() else None
+    word = checkpoint.read_tracker(folder)
+    return None if word == "release" else word
 
 
 def _damage(folder: Path, step: int | None) -> str | None:
-    """The first fault that any rank finds in an iteration."""
+    """The first fault that any rank finds in an iteration; Untrusted where one finds code."""
     name = checkpoint.read_iteration(folder) if step is None else folder_name(step)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    faults: list[str | None] = [None] * world
-    torch.distributed.all_gather_object(faults, checkpoint.damaged(folder / name, rank, world))
-    return next((fault for fault in faults if fault), None)
+    found: str | Untrusted | None
+    try:
+        found = checkpoint.damaged(folder / name, rank, world)
+    except Untrusted as error:
+        found = error
+    faults = [fault for fault in distributed.gathered(found) if fault]
+    for fault in faults:
+        if isinstance(fault, Untrusted):
+            raise fault
+    return str(faults[0]) if faults else None
 
 
 def keep_random_state(megatron: Any, saved: Any) -> None:
