@@ -26,6 +26,8 @@ COMMON = "common.pt"
 
 _PLACES = {
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed._shard.sharded_tensor.metadata": {"TensorProperties", "MEM_FORMAT_ENCODING"},

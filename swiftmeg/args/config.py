@@ -12,6 +12,10 @@ from swiftmeg.errors import UserError
 SUFFIXES = (".yaml", ".yml", ".json")
 TRUE = {"true", "yes", "on", "1"}
 """Words that mean true."""
+MOST_BYTES = 2**18
+"""Largest file of flags."""
+MOST_VALUES = 100_000
+"""Most values in a file of flags, whatever aliases repeat."""
 ENVIRONMENT = "ENV"
 """The key whose entries are environment variables."""
 
@@ -85,12 +89,65 @@ def _read(file: str) -> dict[str, Any]:
     if not file.endswith(SUFFIXES):
         raise UserError(f"--config {file}: name a file that ends in {', '.join(SUFFIXES)}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(MOST_BYTES + 1)
+        if len(text) > MOST_BYTES:
+            raise UserError(f"--config {file}: has more than {MOST_BYTES} bytes: is it a dataset?")
+        content = _parse(text.decode("utf-8"))
     except OSError as error:
         raise UserError(f"--config {file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (_Refused, RecursionError) as error:
+        reason = str(error) if isinstance(error, _Refused) else "it is nested too deeply"
+        raise UserError(f"--config {file}: {reason}") from None
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError, numbers, dates
         reason = " ".join(str(error).split())
         raise UserError(f"--config {file}: is not {path.suffix[1:].upper()} ({reason})") from None
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UserError(f"--config {file}: must hold `flag: value` pairs")
     return content
+
+
+class _Refused(Exception):
+    """What is YAML and not taken."""
+
+
+def _parse(text: str) -> Any:
+    """The value of a document, if no key is given twice and its aliases stay small.
+
+    They are written out where they are used, so that a few lines can hold more values than fit
+    into memory.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        if _size(root, {}) > MOST_VALUES:
+            raise _Refused(f"its aliases make more than {MOST_VALUES} values: write them out")
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """How many values a node and those below it are with every alias written out."""
+    if id(node) in sizes:
+        if (known := sizes[id(node)]) is None:
+            raise _Refused("an alias stands inside of what it names")
+        return known
+    sizes[id(node)] = None
+    below: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise _Refused(f"line {line} gives {key.value} again: keep one")
+                seen.add(key.value)
+            below += [key, value]
+    elif isinstance(node, yaml.SequenceNode):
+        below = node.value
+    total = 1 + sum(_size(each, sizes) for each in below)
+    sizes[id(node)] = total
+    return total

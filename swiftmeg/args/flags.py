@@ -11,15 +11,19 @@ import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import re
 import textwrap
 import types
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from swiftmeg.args.aliases import aliases_of, merge_aliases
 from swiftmeg.args.config import TRUE, config_words, split_config
 from swiftmeg.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 _FALSE = {"false", "no", "off", "0"}
 NULL = {"null", "none"}
@@ -167,23 +171,24 @@ def build_parser(cls: type, prog: str) -> argparse.ArgumentParser:
 def parse_flags(cls: type, argv: list[str], prog: str) -> dict[str, Any]:
     """Parse `argv` by the fields of `cls`; return only what was typed, by field name.
 
-    Flags of the file that `argv` names (see config.py) count as typed, and give way to flags.
-    Raises UserError for an unknown flag (naming the nearest one), a stray word, a flag given
-    twice, or a value of the wrong type.
+    Flags of the file that `argv` names (see config.py) count as typed, and give way to flags. Of a
+    flag that is typed twice the last value counts, so that scripts can be called with more flags,
+    and a line says so; in a file it is an error.
+    Raises UserError for an unknown flag (naming the nearest one), a stray word, or a value of the
+    wrong type.
     """
     file, argv = split_config(argv)
     if file is not None:
-        return parse_flags(cls, config_words(file, _nullable(cls)), file) | parse_flags(
-            cls, argv, prog
-        )
-    seen: set[str] = set()
-    for word in argv:
-        if not word.startswith("--"):
-            continue
-        name = word[2:].split("=")[0].replace("-", "_")
-        if name in seen:
-            raise UserError(f"{prog}: --{name} is given twice: keep one")
-        seen.add(name)
+        words = config_words(file, _nullable(cls))
+        return _parse(cls, words, file, in_file=True) | _parse(cls, argv, prog)
+    return _parse(cls, argv, prog)
+
+
+def _parse(cls: type, argv: list[str], prog: str, *, in_file: bool = False) -> dict[str, Any]:
+    flags = [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+    twice = [name for name, count in Counter(flags).items() if count > 1]
+    if twice and in_file:
+        raise UserError(f"{prog}: {twice[0]} is given twice: keep one")
     known, rest = build_parser(cls, prog).parse_known_args(argv)
     if rest:
         flag = rest[0].split("=")[0]
@@ -193,4 +198,6 @@ def parse_flags(cls: type, argv: list[str], prog: str) -> dict[str, Any]:
         near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), names, n=1)
         hint = f"did you mean --{near[0]}?" if near else f"see {prog} --help"
         raise UserError(f"{prog}: unknown flag {flag}: {hint}")
+    for name in twice:
+        _LOG.warning("--%s is given twice: the last counts: %s", name, vars(known)[name])
     return merge_aliases(vars(known), {field.name for field in dataclasses.fields(cls)})

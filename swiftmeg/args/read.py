@@ -19,7 +19,7 @@ from swiftmeg.models.hf import HFModel, read_model
 from swiftmeg.models.vocabulary import read_tokens, with_new_tokens
 
 INHERITED = (
-    *("model", "torch_dtype", "template", "system", "trust_remote_code", "new_special_tokens"),
+    *("model", "torch_dtype", "template", "system", "new_special_tokens"),
     *OVERRIDES,
 )
 """What a checkpoint's args.json says about the model rather than about the run that wrote it."""

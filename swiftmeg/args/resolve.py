@@ -6,10 +6,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-from swiftmeg.errors import UserError
+from swiftmeg.json_files import read_object
 
 ARGS_FILE = "args.json"
 SOURCES_FILE = "args_sources.json"
+
+
+COMMAND_LINE_ALONE = (
+    "trust_remote_code",
+    "external_plugins",
+    "custom_register_path",
+    "model_kwargs",
+    "extra_megatron_kwargs",
+)
+"""Arguments that run code, or say what libraries may do: no file that comes with a model or a
+checkpoint sets them."""
 
 
 def resolve(
@@ -18,7 +29,8 @@ def resolve(
     """Make a `cls`: typed flags win, then the first layer with a value, then the default.
 
     Returns the instance and, per field, its source: "flag", a layer's name or "default". Layers
-    may hold more keys than `cls` has fields; their None values and empty lists count as absent.
+    may hold more keys than `cls` has fields; their None values and empty lists count as absent, and
+    none of them sets what the command line alone may.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -28,7 +40,7 @@ def resolve(
         if name in given:
             values[name], sources[name] = given[name], "flag"
             continue
-        for source, layer in layers:
+        for source, layer in layers if name not in COMMAND_LINE_ALONE else ():
             if layer.get(name) not in (None, []):
                 values[name], sources[name] = layer[name], source
                 break
@@ -40,11 +52,7 @@ def read_args_file(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / ARGS_FILE
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): repair or remove it") from None
-    return dict(content)
+    return read_object(path)
 
 
 def write_args_file(folder: Path, args: Any, sources: dict[str, str]) -> None:

@@ -1,12 +1,12 @@
 """Flags that say which weights are trained."""
 
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from swiftmeg.args.resolve import read_args_file
 from swiftmeg.errors import UserError
+from swiftmeg.json_files import read_object
 
 
 @dataclass
@@ -138,14 +138,11 @@ def named_by_peft(folder: str) -> dict[str, Any]:
     UserError if the folder is none.
     """
     path = Path(folder).expanduser() / PEFT_CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise UserError(
             f"--adapters {folder}: there is no {PEFT_CONFIG} in it: name a folder that PEFT wrote"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
+        )
+    config = read_object(path)
     saved = read_args_file(path.parent)
     names = ("template", "system", "use_chat_template")
     asked = {name: saved[name] for name in names if name in saved}

@@ -1,6 +1,5 @@
 """The safetensors files of a Hugging Face folder, read one tensor at a time."""
 
-import json
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from swiftmeg.export.mxfp4 import BLOCKS, SCALES, is_mxfp4
 from swiftmeg.export.mxfp4 import check_scales as check_mxfp4_scales
 from swiftmeg.export.mxfp4 import dequantise as dequantise_mxfp4
 from swiftmeg.export.safetensors_writer import INDEX
+from swiftmeg.json_files import read_weight_map
 from swiftmeg.models.family import Family, HFConfig, Row
 
 _PREFIX = "model."
@@ -65,10 +65,7 @@ class HFWeights:
         """Map each tensor name to its file."""
         index = self.folder / INDEX
         if index.is_file():
-            try:
-                names = dict(json.loads(index.read_text())["weight_map"])
-            except (json.JSONDecodeError, KeyError) as error:
-                raise UserError(f"{index} is not a safetensors index ({error!r})") from None
+            names = read_weight_map(index)
             for file in sorted(set(names.values())):
                 self._handle(file)
             return names

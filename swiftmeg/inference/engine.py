@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,9 +22,7 @@ from swiftmeg.data.standard_row import RowTooLong
 from swiftmeg.data.template.template import IGNORE, Template
 from swiftmeg.data.turns import Message
 from swiftmeg.errors import UserError
-
-_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-"""What transformers raises for folders that it cannot load."""
+from swiftmeg.models.hf import needs_trust, trust_message
 
 
 class Engine:
@@ -181,7 +178,9 @@ def _first_stop(text: str, words: Sequence[str]) -> int | None:
 def _load_tokenizer(args: InferArguments, folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=args.trust_remote_code)
-    except _UNREADABLE as error:
+    except Exception as error:  # tokenizers raises bare ones
+        if needs_trust(error):
+            raise UserError(trust_message(folder, "the tokenizer")) from None
         raise UserError(
             f"--model {folder}: the tokenizer cannot be read ({_line(error)})"
         ) from None
@@ -206,7 +205,9 @@ def _load_model(args: InferArguments, folder: Path) -> Any:
             trust_remote_code=args.trust_remote_code,
             output_loading_info=True,
         )
-    except _UNREADABLE as error:
+    except Exception as error:  # broken folders raise errors of many kinds
+        if needs_trust(error):
+            raise UserError(trust_message(folder, "the model")) from None
         raise UserError(f"--model {folder}: cannot be loaded ({_line(error)})") from None
     if loading["missing_keys"]:
         # transformers would go on with random numbers.
@@ -222,7 +223,7 @@ def _with_adapter(model: Any, folder: Path) -> Any:
     try:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT's own
             return PeftModel.from_pretrained(model, folder)
-    except (*_UNREADABLE, NotImplementedError) as error:
+    except Exception as error:  # as above
         raise UserError(f"--adapters {folder}: cannot be loaded ({_line(error)})") from None
 
 

@@ -1,7 +1,6 @@
 """A Hugging Face model folder: found, read and matched to its family."""
 
 import importlib
-import json
 import os
 import textwrap
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from swiftmeg.checkpoint import refuse_unfinished
 from swiftmeg.errors import UserError
+from swiftmeg.json_files import read_object
 from swiftmeg.models import families  # noqa: F401  (registers them)
 from swiftmeg.models.family import REGISTRY, Family, HFConfig
 
@@ -66,6 +66,8 @@ class HFModel:
                 self.folder, trust_remote_code=self.trust_remote_code
             )
         except Exception as error:  # tokenizers raises bare Exceptions
+            if needs_trust(error):
+                raise UserError(trust_message(self.folder, "the tokenizer")) from None
             raise UserError(
                 f"--model {self.folder}: the tokenizer cannot be read ({_reason(error)}): the "
                 "folder needs the tokenizer's files as published, e.g. tokenizer.json"
@@ -120,10 +122,18 @@ def read_model(
             "Hugging Face model"
         )
     try:
-        hf_config = _read_config(folder, trust_remote_code)
+        raw = read_object(folder / "config.json")
+    except UserError as error:
+        raise UserError(
+            f"--model {folder}: config.json cannot be read ({error}): download it again"
+        ) from None
+    try:
+        hf_config = _read_config(folder, raw, trust_remote_code)
     except UserError:
         raise
     except Exception as error:  # bad values raise errors of many kinds
+        if needs_trust(error):
+            raise _remote_code(folder, raw) from None
         raise UserError(
             f"--model {folder}: config.json cannot be read ({_reason(error)}): repair it, or "
             "download it again"
@@ -133,7 +143,29 @@ def read_model(
     return HFModel(folder, hf_config, family, trust_remote_code)
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+def needs_trust(error: Exception) -> bool:
+    """Whether transformers would run code of the folder's own if it were let."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def trust_message(folder: Path, what: str) -> str:
+    """What to say where `what` of a folder is code of its own."""
+    return (
+        f"--trust_remote_code true is needed: {what} of --model {folder} is code in that folder: "
+        "read it, and pass the flag if you trust its publisher"
+    )
+
+
+def _remote_code(folder: Path, raw: dict[str, Any]) -> UserError:
+    """The error for a configuration that is code, and is not to be run."""
+    text = trust_message(folder, "the configuration")
+    named = raw.get("architectures")
+    if not isinstance(named, list) or not named or named[0] not in REGISTRY.families:
+        text += f"; training needs one of {', '.join(sorted(REGISTRY.families))}, not {named}"
+    return UserError(text)
+
+
+def _read_config(folder: Path, raw: dict[str, Any], trust_remote_code: bool) -> Any:
     """The transformers config of a folder; its own code runs only where `trust_remote_code`.
 
     Families that are published with code of their own are read by a class of transformers' that
@@ -141,7 +173,6 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    raw = json.loads((folder / "config.json").read_text())
     family = REGISTRY.families.get((raw.get("architectures") or [""])[0])
     if family is None or family.config_class is None or trust_remote_code:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

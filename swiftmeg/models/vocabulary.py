@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from swiftmeg.cache import cache_root, content_key, get_or_build
 from swiftmeg.errors import UserError
+from swiftmeg.json_files import read_weight_map
 from swiftmeg.models.hf import HFModel, read_model
 from swiftmeg.models.layout import VOCABULARY
 
@@ -110,7 +111,7 @@ def _grow(model: HFModel, tokenizer: Any, new: list[str], folder: Path) -> None:
 def _places(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
     if (folder / _INDEX).is_file():
-        return dict(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"])
+        return read_weight_map(folder / _INDEX)
     places: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

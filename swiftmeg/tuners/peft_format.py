@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swiftmeg.args.tuner import LoraArguments
 from swiftmeg.errors import UserError
+from swiftmeg.json_files import read_object
 from swiftmeg.models.family import Row
 from swiftmeg.models.hf import HFModel
 
@@ -180,14 +181,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     UserError for what is missing, broken or no LoRA.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"--adapters {folder}: there is no {CONFIG}: name a folder that PEFT wrote"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / CONFIG} is not JSON ({error})") from None
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--adapters {folder}: there is no {CONFIG}: name a folder that PEFT wrote")
+    config = read_object(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"--adapters {folder}: peft_type {config.get('peft_type')}: LORA is known")
     for name in ("use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern"):

@@ -1,6 +1,7 @@
 """Files that register datasets: JSON lists with one entry per dataset (--custom_dataset_info)."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from swiftmeg.data.sources.readers import strict_object
 from swiftmeg.data.sources.registry import DatasetInfo, Subset, register_dataset
 from swiftmeg.data.standard_row import Row, RowError
 from swiftmeg.errors import UserError
+from swiftmeg.trust import Untrusted
 
 _DESCRIPTIONS = ("help", "tags", "huge_dataset")
 """Keys that tell people about the dataset, and the reading of it nothing."""
@@ -63,7 +65,7 @@ class MessageNames:
 
 
 def register_files(files: Iterable[str]) -> None:
-    """Register the datasets of JSON files; a relative `dataset_path` starts at its file's folder.
+    """Register the datasets of JSON files, whose `dataset_path` lies in or below the file's folder.
 
     Raises UserError, naming file, entry (from 1) and key, for whatever is wrong with one.
     """
@@ -123,6 +125,12 @@ def _dataset(entry: Any, folder: Path) -> tuple[str | None, DatasetInfo]:
     path = None
     if written:
         path = folder / Path(written).expanduser()
+        for place in (path, *(path / (subset.hub_subset or "") for subset in subsets.values())):
+            if not Path(os.path.normpath(place)).is_relative_to(folder):
+                raise Untrusted(
+                    f"dataset_path {written!r}: {place} is outside of the file's folder, {folder}: "
+                    "name it by --dataset, or put the file that registers it above it"
+                )
         if not path.exists():
             raise UserError(f"dataset_path {written!r}: there is no file or folder {path}")
         for subset in subsets.values():
