@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from swiftmeg.errors import UserError
+from swiftmeg.json_files import read_object
 from swiftmeg.trust import Untrusted
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -81,11 +82,9 @@ def missing(iteration: Path) -> str | None:
     from swiftmeg.unpickling import INDEX, read_index
 
     try:
-        said = json.loads((iteration / LAST_FILE).read_text())
+        json.loads((iteration / LAST_FILE).read_text())
     except (OSError, ValueError, RecursionError):
         return f"{iteration.name} is missing or incomplete"
-    if not isinstance(said, dict) or said.get("sharded_backend") != FORMAT:
-        return f"{iteration / LAST_FILE} does not say that this is a checkpoint in {FORMAT} format"
     try:
         index = read_index(iteration / INDEX)
     except Untrusted:
@@ -136,6 +135,12 @@ def read_common_state(iteration: Path) -> dict[str, Any]:
     """
     from swiftmeg.unpickling import COMMON, INDEX, load_item, read_index
 
+    said = read_object(iteration / LAST_FILE)
+    if said.get("sharded_backend") != FORMAT:
+        raise UserError(
+            f"{iteration / LAST_FILE} says {said.get('sharded_backend')!r} of the checkpoint's "
+            f"format: {FORMAT} is read"
+        )
     legacy = iteration / COMMON
     if legacy.is_file():
         path, state = legacy, load_item(io.BytesIO(legacy.read_bytes()), legacy)

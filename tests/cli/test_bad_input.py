@@ -52,7 +52,6 @@ CASES = [
     Case("bad-choice", sft(lr_decay_style="cos"), "--lr_decay_style.*'cos'.*'cosine'"),
     Case("not-a-boolean", sft(packing="maybe"), "--packing.*'maybe' is not true or false"),
     Case("no-value", [*sft(lr=None), "--lr"], "--lr.*expected one argument"),
-    Case("given-twice", [*sft(), "--model", "llama"], "--model is given twice"),
     Case("not-json", sft(columns="{a}"), "--columns.*'{a}' is not JSON"),
     Case("json-list", sft(extra_megatron_kwargs="[1]"), "extra_megatron_kwargs.*not a JSON object"),
     # The model.

@@ -36,7 +36,6 @@ EARLY = [
             ("index-code", r"\.metadata asks for posix.system"),
             ("index-path", r"\.metadata names '../../rows.jsonl', which is outside of its folder"),
             ("index-none", r"\.metadata cannot be read \(it is no index of a checkpoint\)"),
-            ("other-format", r"metadata.json does not say .*torch_dist"),
         )
         for where, command in (
             ("sft", sft(load=name)),
@@ -74,6 +73,7 @@ EARLY = [
 LATE = [
     Case("item-sft", sft(load="item-code"), "distcp asks for posix.system", late=True),
     Case("item-export", to_hf(mcore_model="item-code"), "distcp asks for posix.system", late=True),
+    Case("format", to_hf(mcore_model="other-format"), "metadata.json says 'zarr' of", late=True),
     Case("old-export", to_hf(mcore_model="common-code"), "common.pt asks for posix.sys", late=True),
 ]  # fmt: skip
 
@@ -112,7 +112,7 @@ def make_checkpoints(work: Path) -> None:
     (outside / INDEX).write_bytes(pickle.dumps(index))
     _replace_item(copied("item-code"), saved(call))
     (copied("common-code") / "common.pt").write_bytes(saved(call))
-    for name in ("index-code", "index-path", "index-none", "other-format"):
+    for name in ("index-code", "index-path", "index-none"):
         lora = copied(f"{name}-lora").parent
         args = json.loads((lora / "args.json").read_text()) | {"train_type": "lora"}
         (lora / "args.json").write_text(json.dumps(args))
@@ -213,6 +213,16 @@ def test_one_line_of_a_running_command(case: Case, inputs: Path, tmp_path: Path)
     check_message(text, case.expected)
     assert not (inputs / "ran").exists()
     assert not (inputs / "out").exists()
+
+
+def test_of_a_flag_given_twice_the_last_counts(inputs: Path, tmp_path: Path) -> None:
+    """Scripts are called with more flags than they hold."""
+    case = Case("", [*sft(train_iters=None), "--model", "gone", "--min-lr", "1", "--min_lr=2"], "")
+    code, text = run_forked(case, inputs, tmp_path)
+    assert code == 1
+    assert "--model is given twice: the last counts: gone" in text
+    assert "--min_lr is given twice: the last counts: 2.0" in text
+    check_message(text, "--model gone: no such folder")
 
 
 RUNS_CODE = {

@@ -1,7 +1,6 @@
 """Files that register datasets: JSON lists with one entry per dataset (--custom_dataset_info)."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from swiftmeg.data.sources.readers import strict_object
 from swiftmeg.data.sources.registry import DatasetInfo, Subset, register_dataset
 from swiftmeg.data.standard_row import Row, RowError
 from swiftmeg.errors import UserError
-from swiftmeg.trust import Untrusted
+from swiftmeg.trust import Untrusted, stays_inside
 
 _DESCRIPTIONS = ("help", "tags", "huge_dataset")
 """Keys that tell people about the dataset, and the reading of it nothing."""
@@ -65,7 +64,7 @@ class MessageNames:
 
 
 def register_files(files: Iterable[str]) -> None:
-    """Register the datasets of JSON files, whose `dataset_path` lies in or below the file's folder.
+    """Register the datasets of JSON files; a relative `dataset_path` starts at its file's folder.
 
     Raises UserError, naming file, entry (from 1) and key, for whatever is wrong with one.
     """
@@ -125,11 +124,11 @@ def _dataset(entry: Any, folder: Path) -> tuple[str | None, DatasetInfo]:
     path = None
     if written:
         path = folder / Path(written).expanduser()
-        for place in (path, *(path / (subset.hub_subset or "") for subset in subsets.values())):
-            if not Path(os.path.normpath(place)).is_relative_to(folder):
+        for place in (written, *(subset.hub_subset or "." for subset in subsets.values())):
+            if not stays_inside(place) and place != str(path):
                 raise Untrusted(
-                    f"dataset_path {written!r}: {place} is outside of the file's folder, {folder}: "
-                    "name it by --dataset, or put the file that registers it above it"
+                    f"dataset_path {written!r}: {place!r} is outside of the file's folder, "
+                    f"{folder}: write an absolute path, or name the data by --dataset"
                 )
         if not path.exists():
             raise UserError(f"dataset_path {written!r}: there is no file or folder {path}")
