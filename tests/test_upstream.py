@@ -104,6 +104,7 @@ NAMES: dict[str, str | None] = {
     f"{TRAINING}.arguments._print_args": "title args",
     f"{TRAINING}.checkpointing._build_sharded_state_dict_metadata": "args dp_cp_group",
     f"{TRAINING}.checkpointing.maybe_msc": VARIABLE,
+    f"{TRAINING}.checkpointing.read_metadata": "tracker_filename",
     f"{TRAINING}.global_vars._set_tensorboard_writer": "args",
     f"{TRAINING}.models.gpt.mtp_block_spec": "config transformer_layer_spec vp_stage",
     f"{TRAINING}.training.evaluate": (

@@ -162,7 +162,10 @@ def test_a_file_may_be_named_twice_but_a_name_taken_once(tmp_path):
         ('[{"dataset_name": "x"}]', "entry 1: .*give ms_dataset_id, hf_dataset_id or dataset_p"),
         ('[{"dataset_path": "gone.jsonl"}]', "entry 1: dataset_path 'gone.jsonl': there is no"),
         ('[{"dataset_path": "../a.jsonl"}]', "entry 1: dataset_path '../a.jsonl': .* is outside"),
-        ('[{"dataset_path": ".", "subsets": ["a/../../b"]}]', "'a/../../b' is outside of the file"),
+        (
+            '[{"dataset_path": ".", "subsets": [{"name": "v", "subset": "a/../../b"}]}]',
+            "'a/../../b' is outside of the file",
+        ),
         ('[{"dataset_path": 3}]', "entry 1: dataset_path 3: accepted: a string"),
         ('[{"ms_dataset_id": "a/b", "dataset_name": "a:b"}]', "dataset_name 'a:b': must not"),
         ('[{"ms_dataset_id": "a/b", "columns": ["x"]}]', r'entry 1: columns \["x"\]: accepted'),
