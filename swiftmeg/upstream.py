@@ -45,6 +45,8 @@ def apply() -> None:
     _unpickle_known_classes()
     _resume_torch_adam()
     _build_predictions_of_own_layers()
+    _train_at_own_rates()
+    _resume_sgd()
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
@@ -105,8 +107,8 @@ def _resume_torch_adam() -> None:
 
     Without TransformerEngine and apex, where Adam keeps a step count with each parameter, it
     asserts that an optimizer has made a step before it loads and has a parameter on every rank
-    (which that of experts has not on a stage of dense layers), gives all parameters one tensor as
-    their count, which each of them increments, and looks for the count where the moments are.
+    (which that of experts has not on a stage of dense layers), and looks for the count where the
+    moments are.
     Can go when a run resumes without this.
     """
     from megatron.core.optimizer import distrib_optimizer
@@ -115,7 +117,6 @@ def _resume_torch_adam() -> None:
         return
     optimizer_class = distrib_optimizer.DistributedOptimizer
     save = unpatched(optimizer_class, "state_dict")
-    load = unpatched(optimizer_class, "load_state_dict")
     fill = unpatched(optimizer_class, "_set_main_param_and_optimizer_states")
 
     def state_dict(self: Any) -> Any:
@@ -137,20 +138,78 @@ def _resume_torch_adam() -> None:
         finally:
             state.pop("no parameter here", None)
 
-    def load_state_dict(self: Any, state: Any) -> None:
-        load(self, state)
-        for each in self.optimizer.state.values():
-            each["step"] = each["step"].clone()
-
     def set_states(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
         fill(self, parameter, {"step": None, **tensors})
 
     state_dict._original = save  # type: ignore[attr-defined]
-    load_state_dict._original = load  # type: ignore[attr-defined]
     set_states._original = fill  # type: ignore[attr-defined]
     optimizer_class.state_dict = state_dict
-    optimizer_class.load_state_dict = load_state_dict
     optimizer_class._set_main_param_and_optimizer_states = set_states
+
+
+def _train_at_own_rates() -> None:
+    """Let a run that continues a checkpoint keep the rates of its parameter groups.
+
+    Megatron looks for each group in the checkpoint by what is said of it, learning rates included,
+    ends where one has changed, and takes the rest from there: betas, epsilon, momentum. Only the
+    count of steps is the optimizer's state. It gives all parameters one tensor as their count,
+    which torch's Adam increments for each of them. Can go when groups are matched without their
+    rates, and counts are copied.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    distributed = distrib_optimizer.DistributedOptimizer
+    load = unpatched(distributed, "load_state_dict")
+    match = unpatched(MegatronOptimizer, "_filter_and_reorder_param_groups")
+
+    def load_state_dict(self: Any, state: Any) -> None:
+        saved = state["optimizer"]
+        groups = _own_groups(self.optimizer.param_groups, saved["param_groups"])
+        load(self, {**state, "optimizer": {**saved, "param_groups": groups}})
+        if not distrib_optimizer.HAVE_APEX_OR_TE:
+            for each in self.optimizer.state.values():
+                each["step"] = each["step"].clone()
+
+    def matched(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> Any:
+        return match(current, _own_groups(current, saved))
+
+    load_state_dict._original = load  # type: ignore[attr-defined]
+    matched._original = match  # type: ignore[attr-defined]
+    distributed.load_state_dict = load_state_dict
+    MegatronOptimizer._filter_and_reorder_param_groups = staticmethod(matched)
+
+
+def _own_groups(current: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of this run, with the order of parameters and the count of steps of the saved."""
+    steps = [group["step"] for group in saved if "step" in group]
+    counted = {"step": max(steps)} if steps else {}
+    places = [{"params": group["params"]} if "params" in group else {} for group in saved]
+    places += [{}] * (len(current) - len(saved))
+    return [group | counted | place for group, place in zip(current, places, strict=False)]
+
+
+def _resume_sgd() -> None:
+    """Let a run that trains by SGD be continued.
+
+    Megatron has no function that makes SGD's state, which it calls before it loads a checkpoint.
+    Can go when it has.
+    """
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    start = unpatched(MegatronOptimizer, "__init__")
+
+    def init(self: Any, optimizer: Any, config: Any, init_state_fn: Any = None) -> None:
+        start(self, optimizer, config, init_state_fn or _start_momentum)
+
+    init._original = start  # type: ignore[attr-defined]
+    MegatronOptimizer.__init__ = init
+
+
+def _start_momentum(optimizer: Any, config: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
 
 
 def group_parameters(overrides: Callable[[Any], dict[Any, Any]]) -> None:

@@ -67,6 +67,12 @@ NAMES: dict[str, str | None] = {
     f"{OPTIMIZER}.load_state_dict": "self state_dict",
     f"{OPTIMIZER}.state_dict": "self",
     f"{CORE}.optimizer.distrib_optimizer.HAVE_APEX_OR_TE": VARIABLE,
+    f"{CORE}.optimizer.optimizer.MegatronOptimizer.__init__": (
+        "self optimizer config init_state_fn"
+    ),
+    f"{CORE}.optimizer.optimizer.MegatronOptimizer._filter_and_reorder_param_groups": (
+        "current_groups state_dict_groups"
+    ),
     f"{CORE}.parallel_state.create_group": (
         "ranks timeout backend pg_options use_local_synchronization group_desc"
     ),

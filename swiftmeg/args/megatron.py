@@ -96,7 +96,8 @@ class LearningRateArguments(MegatronFlags):
     """Learning rate and regularisation"""
 
     lr: float | None = None
-    """Peak learning rate. None: 1e-5, with --train_type lora 1e-4."""
+    """Peak learning rate. None: that of the run that is continued, else 1e-5, with --train_type
+    lora 1e-4."""
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
     """Decay after warm-up."""
     lr_decay_iters: int | None = None
@@ -106,7 +107,8 @@ class LearningRateArguments(MegatronFlags):
     lr_warmup_fraction: float | None = None
     """Warm-up as a share of --lr_decay_iters, instead of --lr_warmup_iters."""
     min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; where it is not given, that of the run that is
+    continued."""
     weight_decay: float = 0.1
     """Decoupled weight decay."""
     clip_grad: float = 1.0

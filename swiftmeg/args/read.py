@@ -25,12 +25,23 @@ INHERITED = (
 """What a checkpoint's args.json says about the model rather than about the run that wrote it."""
 
 
-def inherited(folder: str | None, given: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The resolver's layer for the args.json of `folder`, as far as `given` asks for it."""
+RATES = ("lr", "min_lr")
+"""What a run takes from the one that it continues, too."""
+
+
+def inherited(
+    folder: str | None, given: dict[str, Any], continues: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
+    """The resolver's layer for the args.json of `folder`, as far as `given` asks for it.
+
+    `continues`: the command goes on with the run that wrote it.
+    """
     if folder is None or not given.get("load_args", True):
         return []
     saved = read_args_file(folder)
     names = list(INHERITED)
+    if continues and not given.get("finetune"):
+        names += RATES
     if given.get("load_data_args"):
         names += [field.name for field in dataclasses.fields(DataArguments)]
     return [("args.json", {name: saved[name] for name in names if name in saved})]
@@ -48,11 +59,12 @@ def read_command(
     folder = given.get(checkpoint)
     if given.get(adapters):
         named = given[adapters] if isinstance(given[adapters], str) else given[adapters][0]
-        layers += recorded(adapters, named, given, checkpoint) + inherited(named, given)
+        layers += recorded(adapters, named, given, checkpoint) + inherited(named, given, True)
         folder = folder or layers[0][1][checkpoint]
     elif given.get("adapters"):
         layers += [("the adapter", named_by_peft(given["adapters"][0]))]
-    args, sources = resolve(cls, given, layers + inherited(folder, given))
+    full = given.get("train_type", "full") == "full" and not layers
+    args, sources = resolve(cls, given, layers + inherited(folder, given, full))
     check_planned(args)
     if isinstance(args, RlhfArguments):
         settle_preference(args, sources)

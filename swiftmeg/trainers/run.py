@@ -93,6 +93,7 @@ def _run_loop(run: Run, observers: list[Observer] | None) -> None:
 def _compare_with_saved(run: Run, megatron: Any) -> None:
     """Check that the checkpoints to start from are of this model; take what they say of the run."""
     from swiftmeg.export.model import check_same_model, saved_arguments
+    from swiftmeg.trainers.resumed import tell_changes
 
     args = run.args
     for flag in dict.fromkeys(("load", args.continued)):
@@ -102,6 +103,7 @@ def _compare_with_saved(run: Run, megatron: Any) -> None:
         check_same_model(megatron, saved, run.model, f"--{flag}", Path(named))
         if flag == args.continued:
             keep_random_state(megatron, saved)
+            tell_changes(args, megatron, saved)
             run.data.resume(saved)
 
 
