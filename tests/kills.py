@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.ranks import fork_context, free_port, rank_main
+from tests.runs import command
 
 
 def die_inside(pattern: str, size: int) -> None:
@@ -33,11 +34,10 @@ def limit_inside(pattern: str, size: int) -> None:
     sys.addaudithook(hook)
 
 
-def work_and_die(
-    pattern: str, size: int, work: Callable[[list[str]], None], argv: list[str]
-) -> None:
+def work_and_die(pattern: str, size: int, name: str, argv: list[str]) -> None:
+    """Run a command that ends when it writes more than `size` bytes of such a file."""
     die_inside(pattern, size)
-    work(argv)
+    command(name, argv)
 
 
 def exit_codes(world: int, function: Callable[..., None], *args: Any) -> list[int | None]:

@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,8 @@ from safetensors.torch import load_file
 from swiftmeg import checkpoint
 from swiftmeg.checkpoint import TRACKER
 from tests.kills import exit_codes, work_and_die
-from tests.ranks import fork_context, rank_main, run_ranks
+from tests.ranks import fork_context, free_port, rank_main, run_ranks
+from tests.runs import command, run, training
 from tests.tiny import save_model
 
 STEPS = 8
@@ -44,36 +44,22 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def flags(work: Path, save: Path, **changes: Any) -> list[str]:
     """A command that starts a run and continues it, whichever is due."""
     settings = {
-        "model": work / "model",
-        "dataset": work / "rows.jsonl",
         "train_iters": STEPS,
         "micro_batch_size": 2,
         "global_batch_size": 4,
-        "lr": 1e-3,
         "hidden_dropout": 0.1,
         "deterministic_mode": "true",
-        "log_interval": 1,
         "save_interval": 1,
-        "num_workers": 0,
-        "save": save,
         "load": save,
         "exit_on_missing_checkpoint": "false",
-        "add_version": "false",
     } | changes
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def train(argv: list[str]) -> None:
-    """`megatron sft` on one rank of a job."""
-    from swiftmeg.cli.sft import main
-
-    main(argv)
+    return training(work, save, **settings)
 
 
 def train_into(argv: list[str], output: Path) -> None:
-    """`train`, with what the process prints in a file."""
+    """`megatron sft`, with what the process prints in a file."""
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
-    train(argv)
+    command("sft", argv)
 
 
 def log_steps(folder: Path) -> list[int]:
@@ -84,11 +70,9 @@ def log_steps(folder: Path) -> list[int]:
 def start(argv: list[str]) -> Any:
     """A process that runs `megatron sft`, forked with everything imported."""
     context = fork_context()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=rank_main, args=(theirs, 0, 1, port, train, (argv,)))
+    process = context.Process(target=rank_main, args=(theirs, 0, 1, port, command, ("sft", argv)))
     process.start()
     theirs.close()
     return process, ours
@@ -109,8 +93,8 @@ def test_run_killed_at_random_moments_ends_like_an_undisturbed_one(
     """Set KILLS=30 for the long form."""
     changes = {"async_save": "true"} if mode == "async" else {}
     last = {"save_safetensors": "true", "train_iters": STEPS + 1}
-    run_ranks(1, train, flags(work, tmp_path / "whole", **changes))
-    run_ranks(1, train, flags(work, tmp_path / "whole", **last))
+    run("sft", 1, flags(work, tmp_path / "whole", **changes))
+    run("sft", 1, flags(work, tmp_path / "whole", **last))
     expected = load_file(tmp_path / "whole" / f"iter_{STEPS + 1:07d}-hf" / "model.safetensors")
     chance = random.Random(7)
     kills, inside, campaign = 0, 0, 0
@@ -139,7 +123,7 @@ def test_run_killed_at_random_moments_ends_like_an_undisturbed_one(
                 for n in checkpoint.iterations(save)
             ]
             inside += not all(whole)
-        run_ranks(1, train, flags(work, save, **last))
+        run("sft", 1, flags(work, save, **last))
         found = load_file(save / f"iter_{STEPS + 1:07d}-hf" / "model.safetensors")
         assert found.keys() == expected.keys()
         assert [name for name in found if not torch.equal(found[name], expected[name])] == []
@@ -155,13 +139,13 @@ def test_run_killed_inside_a_save_keeps_the_one_before(
 ) -> None:
     save = tmp_path / "save"
     argv = flags(work, save, train_iters=2)
-    assert exit_codes(1, work_and_die, file, size, train, argv) == [-signal.SIGXFSZ]
+    assert exit_codes(1, work_and_die, file, size, "sft", argv) == [-signal.SIGXFSZ]
     assert (save / TRACKER).read_text() == "1"
     assert checkpoint.damaged(save / "iter_0000001") is None
     path, fault, _ = checkpoint.examine("--load", str(save), 2)
     assert fault == "iter_0000002 is missing or incomplete"
     assert (path / "iter_0000002").is_dir()
-    run_ranks(1, train, argv)
+    run("sft", 1, argv)
     assert set(log_steps(save)) == {1, 2}
     assert (save / TRACKER).read_text() == "2"
     assert checkpoint.missing(save / "iter_0000002") is None
@@ -201,7 +185,7 @@ def test_sigterm_saves_the_step_at_hand(work: Path, tmp_path: Path) -> None:
 def saved(work: Path) -> Path:
     """A finished run that keeps the last two of its checkpoints."""
     folder = work / "saved"
-    run_ranks(1, train, flags(work, folder, train_iters=4, save_total_limit=2))
+    run("sft", 1, flags(work, folder, train_iters=4, save_total_limit=2))
     return folder
 
 
@@ -246,10 +230,10 @@ def test_damage_without_a_way_back_ends_in_one_line(
     shutil.rmtree(folder / "iter_0000003")
     flip_a_bit(folder / "iter_0000004")
     with pytest.raises(RuntimeError, match=r"UserError: --load .*distcp is damaged: bytes \d+ to"):
-        run_ranks(1, train, flags(work, folder, train_iters=5))
+        run("sft", 1, flags(work, folder, train_iters=5))
     missing_too = flags(work, folder, train_iters=5, ckpt_step=2)
     with pytest.raises(RuntimeError, match=r"UserError: .*iter_0000002 is missing or incomplete"):
-        run_ranks(1, train, missing_too)
+        run("sft", 1, missing_too)
 
 
 def test_room_is_made_without_a_moment_of_a_broken_tracker(saved: Path, tmp_path: Path) -> None:

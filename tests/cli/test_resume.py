@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.ranks import run_ranks
+from tests.runs import command, run, training
 from tests.tiny import save_model
 
 STEPS = 6
@@ -43,28 +44,14 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(work: Path, save: Path, **changes: Any) -> list[str]:
     settings = {
-        "model": work / "model",
-        "dataset": work / "rows.jsonl",
         "train_iters": STEPS,
         "micro_batch_size": 2,
         "global_batch_size": 8,
-        "lr": 1e-3,
         "lr_warmup_iters": 2,
-        "log_interval": 1,
         "save_interval": 2,
-        "num_workers": 0,
-        "save": save,
-        "add_version": "false",
         "save_safetensors": "true",
     } | changes
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-
-
-def train(argv: list[str]) -> None:
-    """`megatron sft` on one rank of a job."""
-    from swiftmeg.cli.sft import main
-
-    main(argv)
+    return training(work, save, **settings)
 
 
 def run_and_kill(argv: list[str], save: Path, processes: int) -> None:
@@ -108,7 +95,7 @@ def resume(
     """Continue the run in `folder`, writing to `target`; returns the steps that were made."""
     log = target / "logging.jsonl"
     before = len(log.read_text().splitlines()) if log.exists() else 0
-    run_ranks(world, train, flags(work, target, load=folder, **changes))
+    run("sft", world, flags(work, target, load=folder, **changes))
     made = steps(target, before)
     assert list(made) == [f"{step}/{STEPS}" for step in range(SAVED + 1, STEPS + 1)]
     return made
@@ -133,7 +120,7 @@ def check_weights(found: Path, expected: Path) -> None:
 def test_killed_run_continues_in_its_folder(work: Path) -> None:
     """Dropout needs the random state; a save that was cut off is in the way."""
     whole, killed = work / "whole", work / "killed"
-    run_ranks(1, train, flags(work, whole, **DROPOUT))
+    run("sft", 1, flags(work, whole, **DROPOUT))
     expected = steps(whole)
     losses = [record["lm loss"] for record in expected.values()]
     assert losses[-1] < 0.9 * losses[0]
@@ -149,7 +136,7 @@ def test_killed_run_continues_in_its_folder(work: Path) -> None:
 
 def test_killed_job_continues_in_its_layout_and_in_another(work: Path) -> None:
     whole, killed = work / "whole-tp2", work / "killed-tp2"
-    run_ranks(2, train, flags(work, whole, **TENSOR))
+    run("sft", 2, flags(work, whole, **TENSOR))
     expected = steps(whole)
     run_and_kill(flags(work, killed, **TENSOR), killed, 2)
     check_exact(resume(work, killed, work / "continued-tp2", 2, **TENSOR), expected)
@@ -196,7 +183,7 @@ def test_run_that_changes_its_layout_at_every_stop_ends_like_one_process(work: P
     """TP 2 -> PP 2 -> DP 2 -> CP 2 -> TP 2, a step or two in each."""
     whole, moving = work / "whole-one", work / "moving"
     constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "save_interval": 1}
-    run_ranks(1, train, flags(work, whole, **constant))
+    run("sft", 1, flags(work, whole, **constant))
     expected = steps(whole)
     layouts = [
         (1, TENSOR),
@@ -207,7 +194,7 @@ def test_run_that_changes_its_layout_at_every_stop_ends_like_one_process(work: P
     ]
     for until, layout in layouts:
         start = {"load": moving} if until > 1 else {}
-        run_ranks(2, train, flags(work, moving, **constant | layout | start, train_iters=until))
+        run("sft", 2, flags(work, moving, **constant | layout | start, train_iters=until))
     lines = [json.loads(line) for line in (moving / "logging.jsonl").read_text().splitlines()]
     assert len(lines) == STEPS
     for found, record in zip(lines, expected.values(), strict=True):
@@ -225,8 +212,8 @@ def test_dropout_of_every_data_parallel_rank_continues(work: Path) -> None:
     whole, cut = work / "whole-dp2", work / "cut-dp2"
     constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0}
     changes = DROPOUT | constant | {"deterministic_mode": "true"}
-    run_ranks(2, train, flags(work, whole, **changes))
-    run_ranks(2, train, flags(work, cut, **changes, train_iters=SAVED))
+    run("sft", 2, flags(work, whole, **changes))
+    run("sft", 2, flags(work, cut, **changes, train_iters=SAVED))
     check_exact(resume(work, cut, cut, 2, **changes), steps(whole))
     check_weights(cut, whole)
 
@@ -250,4 +237,4 @@ def test_deterministic_mode_says_what_it_refuses(
 def train_with(argv: list[str], environ: dict[str, str]) -> None:
     """`train` with environment variables."""
     os.environ.update(environ)
-    train(argv)
+    command("sft", argv)

@@ -9,16 +9,16 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from swiftmeg.errors import UserError
 from swiftmeg.export.convert import check_target
-from tests.export.test_precision import convert
 from tests.kills import limit_inside
 from tests.ranks import run_ranks
+from tests.runs import command, run
 from tests.tiny import save_model
 
 
 def test_a_flipped_byte_ends_the_conversion_and_leaves_nothing(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", "qwen3")
     flags = ["--model", str(folder), "--to_mcore", "true", "--output_dir", str(tmp_path / "mcore")]
-    run_ranks(1, convert, flags)
+    run("export", 1, flags)
     iteration = tmp_path / "mcore" / "iter_0000001"
     entries = FileSystemReader(iteration).read_metadata().storage_data.values()
     largest = max(entries, key=lambda entry: entry.length)
@@ -28,13 +28,13 @@ def test_a_flipped_byte_ends_the_conversion_and_leaves_nothing(tmp_path: Path) -
     file.write_bytes(content)
     back = ["--mcore_model", str(tmp_path / "mcore"), "--to_hf", "true"]
     with pytest.raises(RuntimeError, match=rf"{file.name} is damaged: bytes \d+ to \d+"):
-        run_ranks(1, convert, [*back, "--output_dir", str(tmp_path / "hf")])
+        run("export", 1, [*back, "--output_dir", str(tmp_path / "hf")])
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "mcore"}
 
 
 def convert_without_room(pattern: str, argv: list[str]) -> None:
     limit_inside(pattern, 50_000)
-    convert(argv)
+    command("export", argv)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -45,7 +45,7 @@ def test_no_room_ends_in_one_line(tmp_path: Path, world: int) -> None:
     with pytest.raises(RuntimeError, match=line):
         run_ranks(world, convert_without_room, r"distcp$", there)
     assert not (tmp_path / "mcore").exists()
-    run_ranks(1, convert, there)
+    run("export", 1, there)
     back = ["--mcore_model", str(tmp_path / "mcore"), "--to_hf", "true"]
     back += ["--output_dir", str(tmp_path / "hf")]
     with pytest.raises(RuntimeError, match=line):

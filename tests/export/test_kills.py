@@ -12,9 +12,8 @@ from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import read_model
 from tests.cli.commands import snapshot
-from tests.export.test_precision import convert
 from tests.kills import exit_codes, work_and_die
-from tests.ranks import run_ranks
+from tests.runs import run
 from tests.tiny import save_model
 
 
@@ -24,7 +23,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kills")
     for name, layers in (("old", 2), ("new", 4)):
         save_model(folder / name, "qwen3", num_hidden_layers=layers)
-        run_ranks(1, convert, to_mcore(folder / name, folder / f"{name}-mcore"))
+        run("export", 1, to_mcore(folder / name, folder / f"{name}-mcore"))
     return folder
 
 
@@ -49,7 +48,7 @@ def die_and_do_it_again(
     before = snapshot(target)
     world, file, size = point
     command = [*words, "--exist_ok", "true"]
-    codes = exit_codes(world, work_and_die, file, size, convert, command)
+    codes = exit_codes(world, work_and_die, file, size, "export", command)
     assert codes.count(-signal.SIGXFSZ) == 1, codes
     assert None not in codes, f"hangs: {codes}"
     assert snapshot(target) == before
@@ -57,7 +56,7 @@ def die_and_do_it_again(
     if world == 1:  # of several, those that live on have removed it
         with pytest.raises(UserError, match=r"\.target\.unfinished: .*was not completed"):
             read(target.with_name(".target.unfinished"))
-    run_ranks(1, convert, command)
+    run("export", 1, command)
     assert [entry.name for entry in target.parent.iterdir()] == ["target"]
     assert snapshot(target) != before
 

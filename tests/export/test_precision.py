@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.layouts.test_experts import ERNIE
-from tests.layouts.test_experts import MODELS as EXPERTS
-from tests.ranks import run_ranks
+from tests.runs import export
+from tests.sizes import ERNIE, EXPERTS
 from tests.tiny import save_model
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -17,18 +16,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def convert(argv: list[str]) -> None:
-    """`swift export` on one rank."""
-    from swiftmeg.cli.export import main
-
-    main(argv)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_fp32_weights_are_rounded_on_both_sides(name: str, tmp_path: Path) -> None:
     family, sizes = MODELS[name]
     folder = save_model(tmp_path / "model", family, **sizes)
-    flags = {"model": folder, "to_mcore": "true", "output_dir": tmp_path / "mcore"}
-    flags |= {"torch_dtype": "bfloat16", "test_convert_precision": "true"}
-    run_ranks(1, convert, [word for k, v in flags.items() for word in (f"--{k}", str(v))])
+    flags = {"torch_dtype": "bfloat16", "test_convert_precision": "true"}
+    export(tmp_path / "mcore", model=folder, to_mcore="true", **flags)
     assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").exists()

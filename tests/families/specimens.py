@@ -398,3 +398,11 @@ def _specimens() -> dict[str, Specimen]:
 
 
 ALL = _specimens()
+
+ARCHITECTURES = {name: arch for arch, group in SPECIMENS.items() for name in group}
+"""Specimen -> architecture, where their names differ."""
+
+
+def label(name: str) -> str:
+    """The name of a specimen's cases, which `pytest -k ARCHITECTURE` finds."""
+    return f"{ARCHITECTURES[name]}/{name}" if name in ARCHITECTURES else name

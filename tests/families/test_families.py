@@ -1,13 +1,15 @@
 """Every family of the registry, there and back in every layout: equal logits, the same bytes."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.families.conversion import Layout, convert_all
-from tests.families.folders import weights_of, write_named
-from tests.families.specimens import ALL
+from tests.families.folders import weights_of
+from tests.families.specimens import ALL, label
 from tests.ranks import run_ranks
 
 LAYOUTS = {
@@ -19,7 +21,9 @@ LAYOUTS = {
     "tp2-ep2-etp2": Layout(4, tensor=2, expert=2, expert_tensor=2),
 }
 
-CASES = [
+Case = tuple[str, str]
+
+CASES: list[Case] = [
     (name, layout)
     for layout, sizes in LAYOUTS.items()
     for name, specimen in ALL.items()
@@ -27,38 +31,44 @@ CASES = [
 ]
 
 
+Results = Callable[[str], list[dict[str, object]]]
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("families")
-    for name in ALL:
-        write_named(folder / "models" / name, name)
-    return folder
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
 
 
-_results: dict[str, list[dict[str, object]]] = {}
+@pytest.fixture(scope="module")
+def results(
+    specimens: Callable[[str], Path], selected: Callable[[str], list[Case]], out: Path
+) -> Results:
+    """results(layout): what each rank found of its selected specimens, in one process group."""
 
-
-def results(root: Path, layout: str) -> list[dict[str, object]]:
-    """What each rank found for every specimen in a layout; all of them in one process group."""
-    if layout not in _results:
-        names = [name for name, where in CASES if where == layout]
-        where = (str(root / "models"), str(root / layout))
+    @functools.cache
+    def convert(layout: str) -> list[dict[str, object]]:
+        names = [name for name, where in selected("case") if where == layout]
+        (root,) = {specimens(name).parent for name in names}
         size = LAYOUTS[layout]
-        _results[layout] = run_ranks(size.world, convert_all, *where, names, size)
-    return _results[layout]
+        return run_ranks(size.world, convert_all, str(root), str(out / layout), names, size)
+
+    return convert
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES, ids=[f"{n}-{where}" for n, where in CASES])
-def test_conversion_is_exact(root: Path, name: str, layout: str) -> None:
-    found = [rank[name] for rank in results(root, layout)]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{label(case[0])}-{case[1]}")
+def test_conversion_is_exact(
+    specimens: Callable[[str], Path], results: Results, out: Path, case: Case
+) -> None:
+    name, layout = case
+    found = [rank[name] for rank in results(layout)]
     failures = [text for text in found if isinstance(text, str)]
     assert not failures, failures[0]
     differences = [value for value in found if isinstance(value, float)]
     assert differences
     assert max(differences) <= 1e-4
-    expected = torch.load(root / "models" / name / "expected.pt")["logits"]
+    expected = torch.load(specimens(name) / "expected.pt")["logits"]
     assert expected.abs().max() > 1.0
-    before, after = weights_of(root / "models" / name), weights_of(root / layout / name / "hf")
+    before, after = weights_of(specimens(name)), weights_of(out / layout / name / "hf")
     assert before.keys() == after.keys()
     for key, tensor in before.items():
         assert after[key].dtype == tensor.dtype, key

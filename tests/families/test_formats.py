@@ -19,10 +19,10 @@ from swiftmeg.export.fp8 import dequantise
 from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build, difference
-from tests.families.folders import weights_of, write, write_named
+from tests.families.folders import weights_of, write
 from tests.families.specimens import ALL
-from tests.layouts.test_training import run_training
 from tests.ranks import run_ranks
+from tests.runs import logged, run, training
 from tests.tiny import save_tokenizer
 
 Weights = dict[str, torch.Tensor]
@@ -31,10 +31,10 @@ QUANTIZATION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, specimens: Callable[[str], Path]) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     for name in ("deepseek_v3", "qwen3_moe", "qwen2"):
-        write_named(folder / name, name)
+        shutil.copytree(specimens(name), folder / name)
     wider = {
         "gpt_oss-32": {"hidden_size": 64},
         "gpt_oss-text": {"hidden_size": 64, "vocab_size": 331},
@@ -353,15 +353,7 @@ def test_training_begins_from_quantised_weights(root: Path, tmp_path: Path, name
     save_tokenizer(folder, read_model(str(folder)).config["vocab_size"])
     turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    flags = {
-        "model": folder,
-        "dataset": tmp_path / "rows.jsonl",
-        "train_iters": 1,
-        "global_batch_size": 1,
-        "save": tmp_path / "out",
-        "add_version": "false",
-        "no_save_optim": "true",
-    }
-    run_ranks(1, run_training, [word for k, v in flags.items() for word in (f"--{k}", str(v))])
-    (line,) = (tmp_path / "out" / "logging.jsonl").read_text().splitlines()
-    assert 0 < json.loads(line)["lm loss"] < 20
+    steps = {"train_iters": 1, "global_batch_size": 1, "no_save_optim": "true"}
+    run("sft", 1, training(tmp_path, tmp_path / "out", str(folder), **steps))
+    (line,) = logged(tmp_path / "out")
+    assert 0 < line["lm loss"] < 20

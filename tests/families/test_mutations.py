@@ -21,7 +21,6 @@ from swiftmeg.models.layout import (
 )
 from swiftmeg.models.layout import Layout as WeightLayout
 from tests.families.conversion import Layout, difference
-from tests.families.folders import write_named
 from tests.ranks import run_ranks
 
 Mutation = Callable[[Family], Family]
@@ -169,10 +168,11 @@ MUTATIONS: dict[str, tuple[str, Mutation]] = {
 }
 
 
-def mutated(root: str) -> dict[str, float | str]:
-    """The difference of logits under every mutation, or the line that refuses it."""
+def mutated(root: str, names: list[str]) -> dict[str, float | str]:
+    """The difference of logits under each mutation, or the line that refuses it."""
     found: dict[str, float | str] = {}
-    for name, (specimen, mutation) in MUTATIONS.items():
+    for name in names:
+        specimen, mutation = MUTATIONS[name]
         try:
             value = difference(Path(root) / specimen, Layout(1), mutation)
             assert value is not None
@@ -198,16 +198,12 @@ def rotated(root: str) -> float | None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("mutations")
-    for name in {specimen for specimen, _ in MUTATIONS.values()}:
-        write_named(folder / name, name)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def found(root: str) -> dict[str, float | str]:
-    return run_ranks(1, mutated, root)[0]  # type: ignore[no-any-return]
+def found(
+    specimens: Callable[[str], Path], selected: Callable[[str], list[str]]
+) -> dict[str, float | str]:
+    names = selected("name")
+    (root,) = {specimens(MUTATIONS[name][0]).parent for name in names}
+    return run_ranks(1, mutated, str(root), names)[0]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -219,6 +215,6 @@ def test_mutation_is_noticed(found: dict[str, float | str], name: str) -> None:
         assert not result <= 1e-3  # ten times what equal models may differ
 
 
-def test_experts_of_another_rank_are_noticed(root: str) -> None:
-    differences = [value for value in run_ranks(2, rotated, root) if value is not None]
-    assert min(differences) > 1e-3
+def test_experts_of_another_rank_are_noticed(specimens: Callable[[str], Path]) -> None:
+    ranks = run_ranks(2, rotated, str(specimens("qwen3_moe").parent))
+    assert min(value for value in ranks if value is not None) > 1e-3

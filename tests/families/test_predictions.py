@@ -1,6 +1,8 @@
 """Multi-token prediction modules as published: kept bit for bit, left out, or refused by name."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.export.hf_files import HFWeights, check_names
 from swiftmeg.models.hf import read_model
 from tests.families.conversion import Layout, build
-from tests.families.folders import weights_of, write_named
+from tests.families.folders import weights_of
 from tests.ranks import run_ranks
 
 AFTER_THE_DECODER = {
@@ -78,10 +80,10 @@ def add_module(folder: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, specimens: Callable[[str], Path]) -> Path:
     root = tmp_path_factory.mktemp("predictions")
     for name in PUBLISHED:
-        write_named(root / name, name)
+        shutil.copytree(specimens(name), root / name)
         add_module(root / name, name)
     return root
 

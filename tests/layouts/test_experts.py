@@ -1,82 +1,19 @@
 """Models with experts train alike in every layout, and as transformers' autograd says."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.layouts.test_training import ONE_STEP as DESCENT
-from tests.layouts.test_training import load_folder, relative, rows, train_steps
+from tests.references import distance, relative, rows, unstacked, write_rows
+from tests.runs import BALANCED, DESCENT, EXPERT, TENSOR, load_folder, train_steps
+from tests.sizes import ERNIE
+from tests.sizes import EXPERTS as MODELS
 from tests.tiny import save_model
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    # softmax scores, a shared expert behind a gate, one dense layer
-    "qwen2_moe": (
-        "qwen2_moe",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_hidden_layers": 3,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 20,
-            "shared_expert_intermediate_size": 28,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [1],
-            "router_aux_loss_coef": 0.0,
-        },
-    ),
-    # sigmoid scores with a bias, groups of experts, latent attention, yarn
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 3,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 20,
-            "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 1.7,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 18,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 12,
-            "v_head_dim": 10,
-            "num_mtp_layers": 0,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 128,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.7,
-            },
-        },
-    ),
-}
-ERNIE = {
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 3,
-    "moe_num_experts": 6,
-    "moe_k": 2,
-    "moe_intermediate_size": 20,
-    "moe_num_shared_experts": 2,
-    "moe_layer_start_index": 1,
-    "moe_layer_interval": 1,
-}
-"""Sizes of an ernie4_5_moe: softmax scores with a bias, routers in fp32 in every dtype."""
 RATE = 0.01
 ONE_STEP = DESCENT | {"moe_router_bias_update_rate": RATE}
-BALANCED = {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05}
-TENSOR = {"tensor_model_parallel_size": 2}
-EXPERT = {"expert_model_parallel_size": 2}
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "micro-batch-2": (1, {"micro_batch_size": 2}),
@@ -108,7 +45,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (family, sizes) in MODELS.items():
         save_model(folder / name, family, **sizes)
     save_model(folder / "ernie4_5_moe", "ernie4_5_moe", **ERNIE)
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+    write_rows(folder)
     return folder
 
 
@@ -121,10 +58,6 @@ def gradients(
     before = load_folder(work / model)
     after = load_folder(work / f"{model}-{name}" / "iter_0000001-hf")
     return line, {key: (before[key] - after[key]) / ONE_STEP["lr"] for key in before}
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
 
 
 _references: dict[str, Any] = {}
@@ -154,7 +87,7 @@ def test_first_step_does_not_depend_on_the_layout(work: Path, model: str, layout
             assert torch.allclose(moved.abs(), moved.abs().round(), atol=1e-4)
             assert torch.equal(found[key], gradient), key
         else:
-            assert difference(found[key], gradient) <= 1e-5, key
+            assert distance(found[key], gradient) <= 1e-5, key
 
 
 EXACT = {
@@ -269,25 +202,7 @@ def transformers_gradients(folder: Path, balanced: bool) -> tuple[float, dict[st
             routers = routers + trained * router_objective(hidden, gate, model.config)
         count += trained
     ((loss + routers * balanced) / count).backward()
-    return loss.item() / count, published({k: p.grad for k, p in model.named_parameters()})
-
-
-def published(fused: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Gradients of stacked experts as those of the tensors that are published."""
-    found: dict[str, torch.Tensor] = {}
-    for name, gradient in fused.items():
-        prefix = name.rpartition(".")[0]
-        if name.endswith("experts.gate_up_proj"):
-            for expert, both in enumerate(gradient):
-                gate, up = both.chunk(2)
-                found[f"{prefix}.{expert}.gate_proj.weight"] = gate
-                found[f"{prefix}.{expert}.up_proj.weight"] = up
-        elif name.endswith("experts.down_proj"):
-            for expert, down in enumerate(gradient):
-                found[f"{prefix}.{expert}.down_proj.weight"] = down
-        else:
-            found[name] = gradient
-    return found
+    return loss.item() / count, unstacked({k: p.grad for k, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -303,4 +218,4 @@ def test_first_step_is_that_of_transformers(work: Path, model: str, balanced: bo
     assert names == expected.keys()
     for key, gradient in expected.items():
         assert gradient.norm() > 0, key
-        assert difference(found[key], gradient) <= 1e-5, key
+        assert distance(found[key], gradient) <= 1e-5, key

@@ -1,6 +1,5 @@
 """First steps of models with less common layers: gradients are those of transformers everywhere."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.layouts.test_training import (
-    ONE_STEP,
-    load_folder,
-    relative,
-    rows,
-    train_steps,
-    transformers_loss,
-)
+from tests.references import relative, transformers_loss, write_rows
+from tests.runs import DESCENT, load_folder, train_steps
 from tests.tiny import save_model
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
@@ -120,7 +113,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
     for name, sizes in MODELS.items():
         save_model(folder / name, name, **{"num_hidden_layers": 2} | sizes)
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+    write_rows(folder)
     return folder
 
 
@@ -156,7 +149,7 @@ def reference(work: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) -> None:
     world, flags = LAYOUTS[name, layout]
-    (line,) = train_steps(work, name, layout, world, ONE_STEP | flags)
+    (line,) = train_steps(work, name, layout, world, DESCENT | flags)
     loss, expected = reference(work, name)
     assert relative(line["lm loss"], loss) <= 1e-5
     norm = float(sum(gradient.square().sum() for gradient in expected.values())) ** 0.5
@@ -165,6 +158,6 @@ def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) 
     after = load_folder(work / f"{name}-{layout}" / "iter_0000001-hf")
     assert before.keys() == after.keys() == expected.keys()
     for key, gradient in expected.items():
-        found = (before[key] - after[key]) / ONE_STEP["lr"]
+        found = (before[key] - after[key]) / DESCENT["lr"]
         assert gradient.norm() > 0, key
         assert (found - gradient).norm() <= 2e-5 * gradient.norm(), key

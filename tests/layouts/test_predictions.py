@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear, rms_norm
 
-from tests.layouts.test_experts import BALANCED, EXPERT, MODELS, TENSOR, difference, published
-from tests.layouts.test_training import ONE_STEP, load_folder, relative, rows, train_steps
+from tests.references import distance, relative, rows, unstacked, write_rows
+from tests.runs import BALANCED, DESCENT, EXPERT, TENSOR, load_folder, train_steps
+from tests.sizes import EXPERTS as MODELS
 from tests.tiny import save_model
 
 DECODER = 3
@@ -55,7 +56,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models as published, beside transformers' with one more layer and the module's parts."""
     folder = tmp_path_factory.mktemp("predictions")
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+    write_rows(folder)
     for name, sizes in SIZES.items():
         layers = folder / f"{name}-layers"
         save_model(layers, name, **sizes | {"num_hidden_layers": DECODER + 1})
@@ -77,7 +78,7 @@ def publish(layers: Path, folder: Path, name: str) -> None:
     """The model as DeepSeek or, for qwen2, as Xiaomi (MiMo) publishes it."""
     shutil.copytree(layers, folder)
     parts = load_file(layers / "module.pt")
-    tensors = as_published(name, load_folder(layers), parts)
+    tensors = as_unstacked(name, load_folder(layers), parts)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((layers / "config.json").read_text())
     config |= {"num_hidden_layers": DECODER, "num_nextn_predict_layers": 1}
@@ -88,7 +89,7 @@ def publish(layers: Path, folder: Path, name: str) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def as_published(
+def as_unstacked(
     name: str, tensors: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """`parts` under their published names beside `tensors`, the module's layer renamed."""
@@ -134,10 +135,10 @@ def compute_reference(
             sums[k] = sums[k] + cross_entropy(logits, wanted, reduction="sum")
             counts[k] += int((wanted != -100).sum())
     ((sums[0] + factor * sums[1]) / counts[0]).backward()
-    gradients = published({key: each.grad for key, each in model.named_parameters()})
+    gradients = unstacked({key: each.grad for key, each in model.named_parameters()})
     grads = {key: each.grad for key, each in parts.items()}
     losses = [float(total.detach()) / count for total, count in zip(sums, counts, strict=True)]
-    return losses[0], losses[1], as_published(name, gradients, grads)
+    return losses[0], losses[1], as_unstacked(name, gradients, grads)
 
 
 def both_logits(
@@ -173,11 +174,11 @@ def step(
     work: Path, model: str, name: str, world: int, flags: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The first step's line in the log, and its gradients by HF name."""
-    flags = ONE_STEP | {"micro_batch_size": 1, "mtp_num_layers": 1} | flags
+    flags = DESCENT | {"micro_batch_size": 1, "mtp_num_layers": 1} | flags
     (line,) = train_steps(work, model, name, world, flags | {"moe_router_bias_update_rate": 0})
     before, after = load_folder(work / model), load_folder(work / f"{model}-{name}/iter_0000001-hf")
     assert before.keys() == after.keys()
-    return line, {key: (before[key] - after[key]) / ONE_STEP["lr"] for key in before}
+    return line, {key: (before[key] - after[key]) / DESCENT["lr"] for key in before}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -191,7 +192,7 @@ def test_first_step_is_the_papers(work: Path, layout: str) -> None:
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         assert gradient.norm() > 0, key
-        assert difference(found[key], gradient) <= 2e-5, key
+        assert distance(found[key], gradient) <= 2e-5, key
 
 
 def test_routers_losses_do_not_depend_on_the_layout(work: Path) -> None:
@@ -206,11 +207,11 @@ def test_routers_losses_do_not_depend_on_the_layout(work: Path) -> None:
     assert routers
     assert all(expected[key].norm() > 0 for key in routers)
     for key, gradient in expected.items():
-        assert torch.equal(gradient, found[key]) or difference(found[key], gradient) <= 1e-5, key
+        assert torch.equal(gradient, found[key]) or distance(found[key], gradient) <= 1e-5, key
 
 
 def test_modules_left_out_change_nothing_else(work: Path) -> None:
-    (line,) = train_steps(work, "deepseek_v3", "without", 1, ONE_STEP | {"mtp_num_layers": 0})
+    (line,) = train_steps(work, "deepseek_v3", "without", 1, DESCENT | {"mtp_num_layers": 0})
     assert relative(line["lm loss"], reference(work, "deepseek_v3", 0.1)[0]) <= 1e-5
     assert "mtp_1 loss" not in line
     before = load_folder(work / "deepseek_v3")

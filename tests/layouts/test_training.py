@@ -1,18 +1,15 @@
 """Losses over a set of rows are those of transformers; tests/matrix/ compares training steps."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.ranks import run_ranks
+from tests.references import relative, transformers_loss, write_rows
+from tests.runs import PIPELINE, SEQUENCE, train_steps
 from tests.tiny import save_model
 
-SEQUENCE = {"tensor_model_parallel_size": 2, "sequence_parallel": "true"}
-PIPELINE = {"pipeline_model_parallel_size": 2}
 QWEN3 = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -27,106 +24,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 """Processes and flags of a layout, some with weights of tokens in the loss."""
 
 
-def rows(count: int) -> list[dict[str, Any]]:
-    """Conversations of very different lengths, some of two turns."""
-    made = []
-    for i in range(count):
-        turns = [{"role": "user", "content": f"question {i} " + "x" * (7 * i % 40)}]
-        answer = "yes " * (1 + 5 * i % 13) + ("Action: look " if i % 4 == 1 else "")
-        turns.append({"role": "assistant", "content": answer})
-        if i % 3 == 0:
-            turns += [
-                {"role": "user", "content": "and?"},
-                {"role": "assistant", "content": f"{i}."},
-            ]
-        made.append({"messages": turns})
-    return made
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     save_model(folder / "qwen3", "qwen3", **QWEN3)
-    lines = [json.dumps(row) for row in rows(20)]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
+    write_rows(folder)
     return folder
-
-
-ONE_STEP: dict[str, Any] = {
-    "optimizer": "sgd",
-    "sgd_momentum": 0,
-    "lr": 64.0,
-    "min_lr": 64.0,
-    "lr_decay_style": "constant",
-    "weight_decay": 0,
-    "clip_grad": 0,
-    "use_distributed_optimizer": "false",
-    "train_iters": 1,
-    "global_batch_size": 20,
-    "save_safetensors": "true",
-}
-"""A step of plain descent over all rows: what it changes is the gradient times its rate."""
-
-
-def run_training(argv: list[str]) -> None:
-    """`megatron sft` inside an existing job."""
-    from swiftmeg.args.commands import SftArguments
-    from swiftmeg.args.read import read_training_arguments
-    from swiftmeg.trainers.methods import METHODS
-    from swiftmeg.trainers.run import train
-
-    train(*read_training_arguments(SftArguments, argv, "megatron sft"), METHODS["sft"])
-
-
-def train_steps(
-    work: Path, family: str, name: str, world: int, flags: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Train a family's tiny model in a layout; returns the lines of logging.jsonl."""
-    settings = {
-        "model": work / family,
-        "dataset": work / "rows.jsonl",
-        "train_iters": 10,
-        "micro_batch_size": 1,
-        "global_batch_size": 8,
-        "lr": 1e-3,
-        "log_interval": 1,
-        "num_workers": 0,
-        "save": work / f"{family}-{name}",
-        "add_version": "false",
-        "no_save_optim": "true",
-    } | flags
-    argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    run_ranks(world, run_training, argv)
-    log = Path(settings["save"]) / "logging.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()]
-
-
-def relative(a: float, b: float) -> float:
-    return abs(a - b) / max(abs(a), abs(b))
-
-
-def load_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a Hugging Face folder."""
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-
-
-def transformers_loss(model: Any, folder: Path, **template_options: Any) -> torch.Tensor:
-    """Mean loss per trained token over all rows, one row at a time."""
-    from transformers import AutoTokenizer
-
-    from swiftmeg.data.template.template import Template
-
-    template = Template(AutoTokenizer.from_pretrained(folder), **template_options)
-    total, count = torch.zeros(()), 0
-    for row in rows(20):
-        encoded = template.encode(row)
-        logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(encoded["labels"])[1:]
-        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        weights = torch.tensor(encoded.get("loss_scale", [1.0] * len(encoded["labels"])))[1:]
-        total = total + (losses * weights).sum()
-        count += int((labels != -100).sum())
-    return total / count
 
 
 FROZEN = {"lr": 0, "train_iters": 1, "global_batch_size": 10, "no_save_rng": "true"}

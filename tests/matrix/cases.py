@@ -10,55 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.runs import BALANCED
+from tests.sizes import BIASED, GROUPED, MLA, MOE
 from tests.tiny import save_model
-
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 12, "hidden_size": 64}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     # grouped queries, tied embeddings, biases everywhere
-    "dense": (
-        "llama",
-        HEADS | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    ),
+    "dense": ("llama", BIASED | {"tie_word_embeddings": True}),
     # normalised queries and keys, a head of its own
-    "dense-qk": ("qwen3", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}),
-    # softmax scores, a gated shared expert, one dense layer
-    "moe": (
-        "qwen2_moe",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 28,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [1],
-            "router_aux_loss_coef": 0.0,
-        },
-    ),
-    # latent attention with values narrower than keys, groups of experts, sigmoid scores and a bias
-    "mla": (
-        "deepseek_v3",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 8,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 20,
-            "n_shared_experts": 2,
-            "first_k_dense_replace": 1,
-            "n_group": 4,
-            "topk_group": 2,
-            "routed_scaling_factor": 1.7,
-            "q_lora_rank": 24,
-            "kv_lora_rank": 18,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 12,
-            "v_head_dim": 10,
-            "num_mtp_layers": 0,
-        },
-    ),
+    "dense-qk": ("qwen3", GROUPED | {"head_dim": 16}),
+    "moe": ("qwen2_moe", MOE),
+    "mla": ("deepseek_v3", MLA),
 }
 """Name -> family and sizes of tests.tiny; all have four layers."""
 
@@ -104,7 +66,7 @@ WORDS: dict[str, dict[str, Any]] = {
     "sp": {"sequence_parallel": "true"},
     "overlap": {"overlap_grad_reduce": "true", "overlap_param_gather": "true"},
     "replicated": {"use_distributed_optimizer": "false"},
-    "balanced": {"moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.05},
+    "balanced": BALANCED,
     "recompute": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

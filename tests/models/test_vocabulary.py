@@ -15,7 +15,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.models.hf import read_model
 from swiftmeg.models.vocabulary import read_tokens, untrained_rows, with_new_tokens
 from swiftmeg.tuners.peft_folder import base_folder
-from tests.ranks import run_ranks
+from tests.runs import TENSOR, export, run, training
 from tests.tiny import save_model
 
 NEW = ["<think>", "</think>", "<工具>"]
@@ -83,50 +83,23 @@ def test_tokens_come_from_files(tmp_path: Path) -> None:
         read_tokens([" "])
 
 
-def train(argv: list[str]) -> None:
-    from swiftmeg.cli.sft import main
-
-    main(argv)
-
-
-def export(argv: list[str]) -> None:
-    from swiftmeg.cli.export import main
-
-    main(argv)
-
-
 def one_layer(tmp_path: Path) -> tuple[Path, list[str]]:
     """A model whose rows two ranks cannot share, and flags of a run with it."""
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
     folder = save_model(tmp_path / "model", "qwen3", vocab_size=USED + 1, **sizes)
     row = {"query": "a <工具> b", "response": "<think>so</think> yes"}
     (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 4))
-    flags = {
-        "model": folder,
-        "dataset": tmp_path / "rows.jsonl",
-        "train_iters": 2,
-        "global_batch_size": 2,
-        "lr": 1e-2,
-        "num_workers": 0,
-        "save": tmp_path / "out",
-        "add_version": "false",
-        "tensor_model_parallel_size": 2,
-    }
-    argv = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return folder, argv
+    steps = {"train_iters": 2, "global_batch_size": 2, "lr": 1e-2}
+    return folder, training(tmp_path, tmp_path / "out", **steps, **TENSOR)
 
 
 def test_training_and_export(tmp_path: Path) -> None:
     """args.json hands the tokens on."""
     folder, argv = one_layer(tmp_path)
-    run_ranks(2, train, [*argv, "--new_special_tokens", *NEW])
+    run("sft", 2, [*argv, "--new_special_tokens", *NEW])
     assert json.loads((tmp_path / "out" / "args.json").read_text())["model"] == str(folder)
     target = tmp_path / "hf"
-    run_ranks(
-        1,
-        export,
-        ["--to_hf", "true", "--mcore_model", str(tmp_path / "out"), "--output_dir", str(target)],
-    )
+    export(target, to_hf="true", mcore_model=tmp_path / "out")
     begun = with_new_tokens(read_model(str(folder)), NEW).folder
     first = AutoModelForCausalLM.from_pretrained(begun).get_input_embeddings().weight
     assert json.loads((target / "config.json").read_text())["vocab_size"] == 384

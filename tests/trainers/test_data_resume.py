@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.runs import logged, training
+from tests.runs import run as start
 from tests.tiny import save_model
 
 STEPS = 7
@@ -39,35 +40,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(argv: list[str]) -> None:
-    """`megatron sft` on one rank of a job."""
-    from swiftmeg.cli.sft import main
-
-    main(argv)
-
-
 def run(work: Path, save: str, world: int, **changes: Any) -> dict[str, dict[str, float]]:
     """Train; returns the lines of logging.jsonl by step."""
     settings = {
-        "model": work / "model",
-        "dataset": work / "rows.jsonl",
         "train_iters": STEPS,
         "lr_decay_iters": STEPS,
         "micro_batch_size": 1,
         "global_batch_size": 4,
         "shuffle_buffer_size": 1000,
-        "lr": 1e-3,
-        "log_interval": 1,
         "save_interval": STEPS,
         "num_workers": 2,
-        "save": work / save,
-        "add_version": "false",
         "save_safetensors": "false",
     } | changes
-    argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    run_ranks(world, train, argv)
-    lines = (work / save / "logging.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    start("sft", world, training(work, work / save, **settings))
+    records = logged(work / save)
     return {record["global_step/max_steps"].split("/")[0]: record for record in records}
 
 

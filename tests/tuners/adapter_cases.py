@@ -58,10 +58,10 @@ def arguments(kind: str, folder: Path) -> Any:
 
 
 @torch.no_grad()
-def adapt(root: Path, kind: str, layout: str) -> Any:
+def adapt(root: Path, out: Path, kind: str, layout: str) -> Any:
     """Attach, write as a PEFT folder, merge and write again; returns the logits with adapters.
 
-    `root` has the model; adapters and merged model go to folders beside it.
+    `root` has the model; adapters and merged model go to folders of `out`.
     """
     from swiftmeg.export.hf_files import HFWeights
     from swiftmeg.export.hf_reader import HFSupply, load_hf
@@ -92,19 +92,19 @@ def adapt(root: Path, kind: str, layout: str) -> Any:
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.mul_(1.25)
     else:
-        adapters = to_adapters(*read_folder(root / f"{kind}-{first}"), model)
+        adapters = to_adapters(*read_folder(out / f"{kind}-{first}"), model)
         fill_adapters(models, adapters, model.family, model.config, dims)
-    save_peft(models, root / f"{kind}-{layout}", args, model, dims)
+    save_peft(models, out / f"{kind}-{layout}", args, model, dims)
     ids = torch.load(folder / "expected.pt")["ids"]
     logits = mcore_logits(models, ids, dims.vocab_size)
     common = model.family, model.config, dims
     base = HFSupply(HFWeights(folder, model.config), *common)
     weights = OnDemand(models, Merging(models, base))
-    target = root / f"{kind}-{layout}-merged"
+    target = out / f"{kind}-{layout}-merged"
     save_hf(models, target, folder, *common, dtype=torch.float32, weights=weights)
     return None if logits is None else logits.numpy()
 
 
-def adapt_all(root: str, kinds: list[str], layout: str) -> list[Any]:
+def adapt_all(root: str, out: str, kinds: list[str], layout: str) -> list[Any]:
     """`adapt` for each kind."""
-    return [adapt(Path(root), kind, layout) for kind in kinds]
+    return [adapt(Path(root), Path(out), kind, layout) for kind in kinds]

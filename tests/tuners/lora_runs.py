@@ -1,42 +1,49 @@
 """LoRA runs on tiny models, and what they leave."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from tests.layouts.test_training import rows, run_training
-from tests.ranks import run_ranks
+from tests.references import write_rows
+from tests.runs import logged, run, training
+from tests.sizes import BIASED, EXPERTS, GROUPED
 from tests.tiny import save_model
 
-TENSOR = {"tensor_model_parallel_size": 2}
-SEQUENCE = TENSOR | {"sequence_parallel": "true"}
-PIPELINE = {"pipeline_model_parallel_size": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biased": ("llama", BIASED),
+    "tied": ("qwen3", GROUPED | {"head_dim": 16, "tie_word_embeddings": True}),
+    "moe": EXPERTS["qwen2_moe"],
+    "mla": EXPERTS["deepseek_v3"],
+}
+TUNERS: dict[str, dict[str, Any]] = {
+    "biased": {
+        "target_modules": ["all-linear", "all-embedding", "output_layer"],
+        "lora_bias": "all",
+        "use_rslora": "true",
+    },
+    "tied": {
+        "target_regex": r"decoder\.layers\.[0-2]\..*(linear_qkv|linear_proj|fc2)",
+        "modules_to_save": ["word_embeddings", "pre_mlp_layernorm"],
+        "lora_alpha": 6,
+    },
+    "moe": {"target_modules": ["all-linear", "all-router"]},
+    "mla": {"target_modules": ["all-linear"], "modules_to_save": ["router", "output_layer"]},
+}
 
 
 def write_inputs(folder: Path, models: dict[str, tuple[str, dict[str, Any]]]) -> Path:
     """Rows, and a model under each name: its family and sizes."""
     for name, (family, sizes) in models.items():
         save_model(folder / name, family, **sizes)
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+    write_rows(folder)
     return folder
-
-
-def words(settings: dict[str, Any]) -> list[str]:
-    """A command line; lists become several words."""
-    line = []
-    for name, value in settings.items():
-        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return line
 
 
 def flags(work: Path, model: str, save: Path, changes: dict[str, Any]) -> list[str]:
     """`megatron sft` with LoRA for ten steps over all 20 rows."""
     settings = {
-        "model": work / model,
-        "dataset": work / "rows.jsonl",
         "train_type": "lora",
         "lora_rank": 4,
         "lora_dropout": 0,
@@ -46,28 +53,19 @@ def flags(work: Path, model: str, save: Path, changes: dict[str, Any]) -> list[s
         "weight_decay": 0.01,
         "lr_decay_style": "constant",
         "adam_eps": 1e-3,  # rounding of gradients near zero does not turn updates around
-        "log_interval": 1,
-        "num_workers": 0,
-        "save": save,
-        "add_version": "false",
         "save_safetensors": "true",
     }
     if "adapter_load" in changes:
         del settings["lora_dropout"], settings["lora_rank"]
-    return words(settings | changes)
+    return training(work, save, model, **settings | changes)
 
 
 def train(
     work: Path, model: str, name: str, world: int = 1, **changes: Any
 ) -> list[dict[str, Any]]:
     """Run it; returns the lines of logging.jsonl."""
-    run_ranks(world, run_training, flags(work, model, work / name, changes))
-    return log(work, name)
-
-
-def log(work: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a run's logging.jsonl."""
-    return [json.loads(line) for line in (work / name / "logging.jsonl").read_text().splitlines()]
+    run("sft", world, flags(work, model, work / name, changes))
+    return logged(work / name)
 
 
 def adapters(work: Path, name: str, step: int = 10) -> dict[str, torch.Tensor]:

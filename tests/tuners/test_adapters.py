@@ -7,17 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.layouts.test_training import load_folder, relative, transformers_loss
 from tests.matrix.mutations import merge_without_scale
 from tests.ranks import run_ranks
-from tests.tuners.lora_runs import PIPELINE, SEQUENCE, TENSOR, adapters, train, words, write_inputs
-from tests.tuners.test_lora import MODELS, TUNERS
+from tests.references import relative, transformers_loss
+from tests.runs import PIPELINE, SEQUENCE, TENSOR, command, export, load_folder, words
+from tests.tuners.lora_runs import MODELS, TUNERS, adapters, train, write_inputs
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tied": (2, PIPELINE),
     "moe": (2, {"expert_model_parallel_size": 2}),
 }
-"""Models whose commands are run; test_kinds.py has every kind of model in every layout."""
+"""Models whose commands are run; test_adapters_every_family.py has every kind
+of model in every layout."""
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +29,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps = {"train_iters": 3, "lr": 2e-2} | TUNERS[model]
         train(folder, model, f"{model}-lora", 2, **SEQUENCE, **steps)
     return folder
-
-
-def export_command(argv: list[str]) -> None:
-    """`swift export` on one rank of a job."""
-    from swiftmeg.cli.export import main
-
-    main(argv)
-
-
-def export(work: Path, name: str, world: int = 1, **flags: Any) -> Path:
-    target = work / name
-    run_ranks(world, export_command, words({"output_dir": target} | flags))
-    return target
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -85,13 +73,13 @@ def test_merged_models_compute_what_adapters_did(work: Path, model: str) -> None
     trained = work / f"{model}-lora"
     checked = {"test_convert_precision": "true"}
     merged = export(
-        work, f"{model}-merged", world, mcore_adapters=trained, to_hf="true", **layout, **checked
+        work / f"{model}-merged", world, mcore_adapters=trained, to_hf="true", **layout, **checked
     )
     expected = logits(peft_model(work, model))
     assert (logits(base_model(work, f"{model}-merged")) - expected).abs().max() <= 1e-4
 
     folder = trained / "iter_0000003-hf"
-    also = export(work, f"{model}-folder", adapters=folder, merge_lora="true", **checked)
+    also = export(work / f"{model}-folder", adapters=folder, merge_lora="true", **checked)
     one, other = load_folder(merged), load_folder(also)
     assert one.keys() == other.keys() == load_folder(work / model).keys()
     for name, tensor in one.items():
@@ -101,7 +89,7 @@ def test_merged_models_compute_what_adapters_did(work: Path, model: str) -> None
 def export_without_scale(argv: list[str]) -> None:
     """`swift export` that adds B @ A as it is."""
     merge_without_scale()
-    export_command(argv)
+    command("export", argv)
 
 
 def test_a_wrong_merge_is_refused_and_leaves_nothing(work: Path) -> None:
@@ -120,13 +108,13 @@ def test_other_ways_out(work: Path) -> None:
     """A PEFT folder from the checkpoint, and merged weights as a Megatron checkpoint."""
     trained = work / "tied-lora"
     folder = export(
-        work, "peft", 2, mcore_adapters=trained, to_hf="true", merge_lora="false", **TENSOR
+        work / "peft", 2, mcore_adapters=trained, to_hf="true", merge_lora="false", **TENSOR
     )
     written = load_file(folder / "adapter_model.safetensors")
     ours = adapters(work, "tied-lora", 3)
     assert [name for name in ours if not torch.equal(written[name], ours[name])] == []
-    mcore = export(work, "mcore", mcore_adapters=trained, to_mcore="true")
-    back = export(work, "back", mcore_model=mcore, to_hf="true")
+    mcore = export(work / "mcore", mcore_adapters=trained, to_mcore="true")
+    back = export(work / "back", mcore_model=mcore, to_hf="true")
     expected = logits(peft_model(work, "tied"))
     assert (logits(base_model(work, back.name)) - expected).abs().max() <= 1e-4
 
@@ -162,7 +150,7 @@ def test_a_folder_of_layers_that_megatron_fuses_can_be_merged(work: Path) -> Non
             torch.nn.init.normal_(parameter, std=0.1)
     folder = work / "foreign"
     peft.save_pretrained(folder)
-    export(work, "foreign-merged", adapters=folder, model=work / "tied", merge_lora="true")
+    export(work / "foreign-merged", adapters=folder, model=work / "tied", merge_lora="true")
     found, expected = logits(base_model(work, "foreign-merged")), logits(peft)
     assert (found - expected).abs().max() <= 1e-4
     assert (expected - logits(base_model(work, "tied"))).abs().max() > 0.1

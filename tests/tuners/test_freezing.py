@@ -8,62 +8,26 @@ from typing import Any
 import pytest
 import torch
 
-from tests.layouts.test_training import (
-    PIPELINE,
-    SEQUENCE,
-    load_folder,
-    relative,
-    rows,
-    run_training,
-    transformers_loss,
-)
 from tests.ranks import run_ranks
+from tests.references import relative, transformers_loss, write_rows
+from tests.runs import DESCENT, PIPELINE, SEQUENCE, command, load_folder, run, training
+from tests.sizes import BIASED
 from tests.tiny import save_model
 
-SIZES = {
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "hidden_size": 64,
-    "attention_bias": True,
-    "mlp_bias": True,
-}
-LR = 64.0
+LR = DESCENT["lr"]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("freezing")
     for name, tied in (("tied", True), ("untied", False)):
-        save_model(folder / name, "llama", tie_word_embeddings=tied, **SIZES)
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows(20)))
+        save_model(folder / name, "llama", tie_word_embeddings=tied, **BIASED)
+    write_rows(folder)
     return folder
 
 
 def argv(work: Path, model: str, save: Path, flags: dict[str, Any]) -> list[str]:
-    settings = {
-        "model": work / model,
-        "dataset": work / "rows.jsonl",
-        "train_iters": 1,
-        "global_batch_size": 20,
-        "optimizer": "sgd",
-        "sgd_momentum": 0,
-        "lr": LR,
-        "min_lr": LR,
-        "lr_decay_style": "constant",
-        "weight_decay": 0,
-        "clip_grad": 0,
-        "use_distributed_optimizer": "false",
-        "log_interval": 1,
-        "num_workers": 0,
-        "save": save,
-        "add_version": "false",
-        "save_safetensors": "true",
-    } | flags
-    words = {
-        name: value if isinstance(value, list) else [value] for name, value in settings.items()
-    }
-    return [str(word) for name, value in words.items() for word in (f"--{name}", *value)]
+    return training(work, save, model, **DESCENT | flags)
 
 
 def train_and_count(words: list[str]) -> int:
@@ -78,7 +42,7 @@ def train_and_count(words: list[str]) -> int:
         made.append(self)
 
     DistributedDataParallel.__init__ = recording
-    run_training(words)
+    command("sft", words)
     return sum(p.numel() for ddp in made for p in ddp.parameters() if hasattr(p, "main_grad"))
 
 
@@ -165,7 +129,7 @@ def test_the_optimizer_holds_trained_parameters_alone(work: Path) -> None:
     save = work / "ratio"
     adam = {"optimizer": "adam", "lr": 1e-3, "use_distributed_optimizer": "true"}
     flags = {"freeze_parameters_ratio": 0.5, "save_safetensors": "false", **adam, "min_lr": 0}
-    run_ranks(2, run_training, argv(work, "untied", save, flags | SEQUENCE))
+    run("sft", 2, argv(work, "untied", save, flags | SEQUENCE))
     names = FileSystemReader(save / "iter_0000001").read_metadata().state_dict_metadata
     weights = {key for key in names if not key.startswith(("optimizer", "rng_state", "args"))}
     moments = {
@@ -192,5 +156,5 @@ def test_the_optimizer_holds_trained_parameters_alone(work: Path) -> None:
 )
 def test_patterns_must_fit(work: Path, flags: dict[str, Any], line: str) -> None:
     with pytest.raises(RuntimeError, match=line):
-        run_ranks(2, run_training, argv(work, "tied", work / "none", flags | PIPELINE))
+        run("sft", 2, argv(work, "tied", work / "none", flags | PIPELINE))
     assert not (work / "none").exists()

@@ -7,59 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.layouts.test_experts import MODELS as EXPERTS
-from tests.layouts.test_training import relative, run_training, transformers_loss
 from tests.matrix.lora import beside
 from tests.matrix.lora import write as write_adapters
 from tests.ranks import run_ranks
+from tests.references import relative, transformers_loss
+from tests.runs import SEQUENCE, export, logged, run
 from tests.tuners.lora_runs import (
-    SEQUENCE,
+    MODELS,
+    TUNERS,
     adapters,
     distance,
     flags,
-    log,
     train,
     write_inputs,
 )
 
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "biased": (
-        "llama",
-        {
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "hidden_size": 64,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
-    ),
-    "tied": (
-        "qwen3",
-        {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "moe": EXPERTS["qwen2_moe"],
-    "mla": EXPERTS["deepseek_v3"],
-}
-TUNERS: dict[str, dict[str, Any]] = {
-    "biased": {
-        "target_modules": ["all-linear", "all-embedding", "output_layer"],
-        "lora_bias": "all",
-        "use_rslora": "true",
-    },
-    "tied": {
-        "target_regex": r"decoder\.layers\.[0-2]\..*(linear_qkv|linear_proj|fc2)",
-        "modules_to_save": ["word_embeddings", "pre_mlp_layernorm"],
-        "lora_alpha": 6,
-    },
-    "moe": {"target_modules": ["all-linear", "all-router"]},
-    "mla": {"target_modules": ["all-linear"], "modules_to_save": ["router", "output_layer"]},
-}
 PLUS: dict[str, Any] = {"lorap_lr_ratio": 4, "lr_decay_style": "cosine", "min_lr": 5e-4}
 """LoRA+ over a schedule."""
 
@@ -117,7 +79,7 @@ def test_ten_steps_are_those_of_peft(work: Path, model: str, changes: dict[str, 
     trained = [p for p in peft.parameters() if p.requires_grad]
     adam = adam_of(peft, bool(changes))
     peaks = [group["lr"] for group in adam.param_groups]
-    lines = log(work, f"{name}-alone")
+    lines = logged(work / f"{name}-alone")
     assert lines[-1]["lm loss"] < 0.9 * lines[0]["lm loss"]
     rate = 2e-3
     for line in lines:
@@ -140,12 +102,10 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
     """With dropout, in the middle of an epoch; the base comes from a Megatron checkpoint."""
     from torch.distributed.checkpoint import FileSystemReader
 
-    from tests.tuners.test_adapters import export
-
-    export(work, "base", to_mcore="true", model=work / "biased")
-    run: dict[str, Any] = {"lora_dropout": 0.1, "save_interval": 2, "global_batch_size": 8}
-    run |= SEQUENCE | {"train_iters": 4, "load": work / "base"} | PLUS
-    whole = train(work, "biased", "whole", 2, **run)
+    export(work / "base", to_mcore="true", model=work / "biased")
+    options: dict[str, Any] = {"lora_dropout": 0.1, "save_interval": 2, "global_batch_size": 8}
+    options |= SEQUENCE | {"train_iters": 4, "load": work / "base"} | PLUS
+    whole = train(work, "biased", "whole", 2, **options)
     entries = FileSystemReader(work / "whole" / "iter_0000002").read_metadata().state_dict_metadata
     weights = {name for name in entries if not name.startswith(("optimizer.", "rng_state"))}
     assert all("lora_" in name for name in weights if name.endswith("weight"))
@@ -156,8 +116,8 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
     ours = sum(path.stat().st_size for path in (work / "whole/iter_0000002").rglob("*.distcp"))
     assert ours < base
     for known in ("load", "lora_dropout", "lorap_lr_ratio"):
-        del run[known]  # the checkpoint's args.json knows them
-    rest = train(work, "biased", "rest", 2, adapter_load=work / "whole", ckpt_step=2, **run)
+        del options[known]  # the checkpoint's args.json knows them
+    rest = train(work, "biased", "rest", 2, adapter_load=work / "whole", ckpt_step=2, **options)
     exact = ("lm loss", "grad_norm", "learning_rate", "consumed_samples", "global_step/max_steps")
     assert [{k: line[k] for k in exact} for line in rest] == [
         {k: line[k] for k in exact} for line in whole[2:]
@@ -169,6 +129,6 @@ def test_a_run_continues_exactly_and_stores_no_weight_of_the_model(work: Path) -
 def test_experts_with_biases_are_refused(tmp_path: Path) -> None:
     work = write_inputs(tmp_path, {"gpt_oss": ("gpt_oss", {"num_local_experts": 4})})
     with pytest.raises(RuntimeError, match="--target_modules linear_qkv linear_proj"):
-        run_ranks(1, run_training, flags(work, "gpt_oss", work / "refused", {}))
+        run("sft", 1, flags(work, "gpt_oss", work / "refused", {}))
     explicit = {"target_modules": ["linear_qkv", "linear_proj"], "train_iters": 1}
-    run_ranks(1, run_training, flags(work, "gpt_oss", work / "attention", explicit))
+    run("sft", 1, flags(work, "gpt_oss", work / "attention", explicit))
