@@ -6,11 +6,13 @@ INSTALLED := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install quickstart test matrix check format clean
+.PHONY: help install quickstart test test-fast test-all matrix check format clean
 
 help:
 	@echo 'make quickstart   install, get a 135M model, fine-tune it, convert it back, ask who it is'
-	@echo 'make test         install, run the whole test suite'
+	@echo 'make test         install, run the test suite'
+	@echo 'make test-fast    what needs no job of several processes, in a minute and a half'
+	@echo 'make test-all     the test suite, and the cases that repeat what it shows'
 	@echo 'make matrix       install, compare every layout with one process, write docs/exactness.md'
 	@echo 'make check        install, run ruff and mypy'
 	@echo 'make install      make .venv with the commands megatron and swift in it'
@@ -29,8 +31,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" bash examples/quickstart.sh
 
+# Two processes, which take one file after the other. Files that run jobs of several ranks overlap
+# with those that wait, so both cores are busy; more processes would need more memory.
+TOGETHER := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
+
+# What needs no job of several processes.
+FAST := tests/args tests/data tests/models tests/planning tests/export/test_write_shares.py \
+	tests/test_upstream.py
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest $(TOGETHER) -m 'not exhaustive and not slow' $(FAST)
+
+# With the cases that repeat what others show: see docs/testing.md.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest $(TOGETHER) -m ''
 
 matrix: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.matrix

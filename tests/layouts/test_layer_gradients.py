@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.references import relative, transformers_loss, write_rows
-from tests.runs import DESCENT, load_folder, train_steps
+from tests.runs import DESCENT, EXPERT, SEQUENCE, TENSOR, load_folder, train_steps
 from tests.tiny import save_model
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
@@ -69,9 +69,9 @@ each type of layer; across heads with experts; gated delta nets around
 gated attention, with experts; windows; latent attention without experts; sinks, windows in every
 other layer, experts with biases and a clamped gate."""
 
-TENSOR = {"tensor_model_parallel_size": 2}
-SEQUENCE = TENSOR | {"sequence_parallel": "true"}
-EXPERT = {"expert_model_parallel_size": 2}
+ROWS = 8
+STEP = DESCENT | {"global_batch_size": ROWS}
+
 CONTEXT = {"context_parallel_size": 2}
 PADDED = {"padding_free": "false", "micro_batch_size": 4}
 LAYOUTS: dict[tuple[str, str], tuple[int, dict[str, Any]]] = {
@@ -113,7 +113,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kinds")
     for name, sizes in MODELS.items():
         save_model(folder / name, name, **{"num_hidden_layers": 2} | sizes)
-    write_rows(folder)
+    write_rows(folder, ROWS)
     return folder
 
 
@@ -139,7 +139,7 @@ def reference(work: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
     """transformers' loss and gradients."""
     if name not in _references:
         model = AutoModelForCausalLM.from_pretrained(work / name, dtype=torch.float32)
-        loss = transformers_loss(model, work / name)
+        loss = transformers_loss(model, work / name, ROWS)
         loss.backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         _references[name] = loss.item(), published(gradients, load_folder(work / name).keys())
@@ -149,7 +149,7 @@ def reference(work: Path, name: str) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) -> None:
     world, flags = LAYOUTS[name, layout]
-    (line,) = train_steps(work, name, layout, world, DESCENT | flags)
+    (line,) = train_steps(work, name, layout, world, STEP | flags)
     loss, expected = reference(work, name)
     assert relative(line["lm loss"], loss) <= 1e-5
     norm = float(sum(gradient.square().sum() for gradient in expected.values())) ** 0.5
@@ -158,6 +158,6 @@ def test_first_step_is_that_of_transformers(work: Path, name: str, layout: str) 
     after = load_folder(work / f"{name}-{layout}" / "iter_0000001-hf")
     assert before.keys() == after.keys() == expected.keys()
     for key, gradient in expected.items():
-        found = (before[key] - after[key]) / DESCENT["lr"]
+        found = (before[key] - after[key]) / STEP["lr"]
         assert gradient.norm() > 0, key
         assert (found - gradient).norm() <= 2e-5 * gradient.norm(), key

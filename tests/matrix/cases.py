@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.runs import BALANCED
 from tests.sizes import BIASED, GROUPED, MLA, MOE
 from tests.tiny import save_model
 
@@ -66,7 +65,6 @@ WORDS: dict[str, dict[str, Any]] = {
     "sp": {"sequence_parallel": "true"},
     "overlap": {"overlap_grad_reduce": "true", "overlap_param_gather": "true"},
     "replicated": {"use_distributed_optimizer": "false"},
-    "balanced": BALANCED,
     "recompute": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
