@@ -23,7 +23,7 @@ class PairSums(NamedTuple):
 
     `chosen`, `rejected`, `ref_chosen` and `ref_rejected` are sums of the answers' log-probabilities
     under the model and the reference (zeros without one). Under LD-DPO tokens beyond the shorter
-    answer's length count `ld_alpha` in them, see `length_weights`.
+    answer's length count `ld_alpha` in them, see `PairTemplate`.
     """
 
     chosen: Tensor
@@ -80,13 +80,11 @@ class Objective:
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether a pair's loss depends on others': all of a global batch must be given at once.
+        """Whether values of all pairs are sorted: all of a global batch must be given at once.
 
-        So where values are sorted, and where the mean over all tokens (sft) is multiplied by the
-        mean weight of pairs (WPO). `gradients` then gives what each pair contributes.
+        `gradients` then says what each pair contributes.
         """
-        types = {name for name, _ in self.terms}
-        return bool(types & set(SORTED)) or (self.weighted and "sft" in types)
+        return any(name in SORTED for name, _ in self.terms)
 
     @property
     def needs_mean_tokens(self) -> bool:
@@ -150,19 +148,6 @@ def pair_metrics(sums: PairSums, beta: float) -> dict[str, Tensor]:
         "logps/chosen": sums.chosen,
         "logps/rejected": sums.rejected,
     }
-
-
-def length_weights(chosen: Tensor, rejected: Tensor, ld_alpha: float) -> tuple[Tensor, Tensor]:
-    """Return the weights [tokens] of both answers' log-probabilities in LD-DPO (arXiv:2409.06411).
-
-    `chosen` and `rejected` (bool [tokens]) say which tokens are an answer's. Its first n count 1, n
-    being the shorter answer's length, the others `ld_alpha`.
-    """
-    shared = min(int(chosen.sum()), int(rejected.sum()))
-    first, second = (
-        torch.where(answer.cumsum(0) > shared, ld_alpha, 1.0) for answer in (chosen, rejected)
-    )
-    return first, second
 
 
 def answer_weight(log_probs: Tensor, log_collisions: Tensor, tokens: Tensor) -> Tensor:
@@ -287,10 +272,9 @@ def _rewards(sums: PairSums, objective: Objective) -> tuple[Tensor, Tensor]:
 
 def _cross_entropy(sums: PairSums, mean_tokens: float | None) -> Tensor:
     """The chosen answers' cross entropy: its mean over pairs is one over the batch's tokens."""
-    if mean_tokens is not None:
-        return sums.chosen_nll / mean_tokens
-    mean = sums.chosen_nll.sum() / sums.chosen_tokens.sum().clamp(min=1)
-    return mean.expand_as(sums.chosen_nll)
+    if mean_tokens is None:
+        return sums.chosen_nll / sums.chosen_tokens.mean().clamp(min=1)
+    return sums.chosen_nll / mean_tokens
 
 
 LOSSES: dict[str, Callable[[PairSums, Objective], Tensor]] = {

@@ -28,7 +28,7 @@ SHOWN_BY = {
     "f_divergence_type": LOSSES,
     "f_alpha_divergence_coef": LOSSES,
     "discopop_tau": LOSSES,
-    "ld_alpha": LOSSES,
+    "ld_alpha": "tests/data/test_pairs.py",
     "use_weighting": LOSSES,
     "reference_free": HERE,
     "ref_load": HERE,

@@ -5,6 +5,8 @@ import pytest
 from datasets import Dataset
 
 from swiftmeg.data.encoded.encode import encode_pairs
+from swiftmeg.data.encoded.lazy import LazyDataset
+from swiftmeg.data.encoded.packing import PackedDataset, tokens_of
 from swiftmeg.data.standard_row import RowError, RowTooLong
 from swiftmeg.data.template.pairs import Pair, PairTemplate
 from swiftmeg.errors import UserError
@@ -182,3 +184,85 @@ def test_a_template_that_trims_makes_answers_equal(make_tokenizer, templates):
     tokenizer = make_tokenizer(templates.headers)
     with pytest.raises(RowError, match="the rejected answer equals the chosen one"):
         pair_of(tokenizer, chat(user("a"), assistant("yes"), rejected="yes "))
+
+
+def test_sides_that_truncation_makes_equal_are_dropped(make_tokenizer, templates):
+    tokenizer = make_tokenizer(templates.chatml)
+    row = chat(user("a"), assistant("the same words and then yes"), rejected="the same words: no")
+    size = len(pair_of(tokenizer, row).chosen.input_ids)
+    reason = "cut to --max_length, the rejected answer equals the chosen one"
+    found = []
+    for limit in range(5, size):
+        try:
+            pair = pair_of(tokenizer, row, max_length=limit, truncation_strategy="right")
+        except RowError as error:
+            found.append(error.reason)
+        else:
+            assert not np.array_equal(*(side.input_ids for side in pair))
+            found.append("kept")
+    assert set(found) == {"no token to train", reason, "kept"}
+    assert found == sorted(found, key=["no token to train", reason, "kept"].index)
+
+
+@pytest.mark.parametrize("strategy", ["delete", "left", "right"])
+def test_tokens_beyond_the_shorter_answer_can_count_less(make_tokenizer, templates, strategy):
+    """LD-DPO: ld_alpha."""
+    tokenizer = make_tokenizer(templates.chatml)
+    row = chat(user("Who are you?"), assistant("yes " * 7), rejected="no no")
+    options = {"truncation_strategy": strategy, "max_length": 512 if strategy == "delete" else 40}
+    pair = pair_of(tokenizer, row, ld_alpha=0.25, **options)
+    trained = [side.labels != -100 for side in pair]
+    shared = min(each.sum() for each in trained)
+    assert trained[0].sum() > shared
+    for side, each in zip(pair, trained, strict=True):
+        expected = [1.0] * shared + [0.25] * (each.sum() - shared)
+        assert side.loss_scale[each].tolist() == expected
+        assert set(side.loss_scale[~each]) == {1.0}
+    assert all(side.loss_scale is None for side in pair_of(tokenizer, row, **options))
+
+
+def test_weights_of_tokens_are_stored(make_tokenizer, templates):
+    rows = [chat(user("a"), assistant("yes " * k), rejected="no") for k in range(1, 4)]
+    template = PairTemplate(make_tokenizer(templates.chatml), ld_alpha=0.5)
+    pairs = encode_pairs(Dataset.from_list(rows), template)
+    for item, row in zip(pairs, rows, strict=True):
+        expected = template.encode(row)
+        for name in ("chosen", "rejected"):
+            assert item[name].keys() == expected[name].keys()
+            for key, value in expected[name].items():
+                assert np.array_equal(item[name][key], value)
+
+
+def test_pairs_stay_together_in_packs(make_tokenizer, templates):
+    template = PairTemplate(make_tokenizer(templates.chatml), max_length=512)
+    rows = [
+        chat(user("a"), assistant("yes " * (k % 9)), rejected="no " * (90 if k == 7 else k % 4 + 1))
+        for k in range(1, 40)
+    ]
+    pairs = encode_pairs(Dataset.from_list(rows), template)
+    limit = int(pairs.lengths().max()) - 1  # too short for the longest
+    packs = PackedDataset(pairs, limit)
+    assert packs.longest == limit + 1
+    seen = [pair for pack in packs for pair in pack]
+    assert len(seen) == len(pairs) > len(packs)
+    for items in packs:
+        assert len(items) == 1 or sum(map(tokens_of, items)) <= limit
+    texts = sorted(str(pair["chosen"]) + str(pair["rejected"]) for pair in pairs)
+    assert sorted(str(pair["chosen"]) + str(pair["rejected"]) for pair in seen) == texts
+
+
+def test_pairs_can_be_made_while_training(make_tokenizer, templates, caplog):
+    template = PairTemplate(make_tokenizer(templates.chatml))
+    rows = [
+        {**chat(user(f"q{k}"), assistant("yes"), rejected="no" if k % 3 else "yes"), "origin": k}
+        for k in range(6)
+    ]
+    lazy = LazyDataset(rows, template)
+    with caplog.at_level("WARNING", logger="swiftmeg"):
+        found = [lazy[k] for k in range(6)]
+    taken = [1, 1, 2, 4, 4, 5]  # in place of a row that cannot be used, the next
+    for item, place in zip(found, taken, strict=True):
+        expected = template.encode(rows[place])
+        for name in ("chosen", "rejected"):
+            assert np.array_equal(item[name]["input_ids"], expected[name]["input_ids"])
+    assert "the rejected answer equals the chosen one" in caplog.text

@@ -20,7 +20,6 @@ from swiftmeg.trainers.dpo_losses import (
     PairSums,
     answer_weight,
     gradients,
-    length_weights,
     pair_losses,
     pair_metrics,
 )
@@ -84,8 +83,8 @@ def paper_losses(pairs: list[Plain], name: str, e: float, divergence: str) -> li
         return -(1 - e) * log_sig(margin) - e * log_sig(-margin)
 
     if name == "sft":
-        mean = sum(p.nll for p in pairs) / sum(p.chosen_tokens for p in pairs)
-        return [mean] * len(pairs)
+        tokens = sum(p.chosen_tokens for p in pairs)
+        return [len(pairs) * p.nll / tokens for p in pairs]  # whose mean is one over tokens
     if name == "aot":
         model = sorted(p.chosen - p.rejected for p in pairs)
         reference = sorted(p.ref_chosen - p.ref_rejected for p in pairs)
@@ -213,8 +212,6 @@ def test_pairs_are_weighted() -> None:
     expected = [pair.weight * loss for pair, loss in zip(pairs, losses, strict=True)]
     of = objective(("hinge", 1.0), weighted=True)
     assert pair_losses(tensors(pairs, weighted=True), of).tolist() == pytest.approx(expected)
-    assert not of.needs_whole_batch
-    assert objective(("sft", 1.0), weighted=True).needs_whole_batch
 
 
 def test_an_answers_weight() -> None:
@@ -227,15 +224,6 @@ def test_an_answers_weight() -> None:
     expected = math.sqrt(0.7 / (0.49 + 0.04 + 0.01) * 0.4 / (0.09 + 0.09 + 0.16))
     assert weight.item() == pytest.approx(expected)
     assert not weight.requires_grad
-
-
-def test_tokens_beyond_the_shorter_answer_count_less() -> None:
-    """LD-DPO: ld_alpha."""
-    chosen = torch.tensor([0, 1, 1, 0, 1, 1, 1], dtype=torch.bool)
-    rejected = torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.bool)
-    first, second = length_weights(chosen, rejected, 0.25)
-    assert first[chosen].tolist() == [1, 1, 1, 0.25, 0.25]
-    assert second[rejected].tolist() == [1, 1, 1]
 
 
 def test_metrics() -> None:

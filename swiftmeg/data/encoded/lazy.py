@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from swiftmeg.data.standard_row import RowError, RowTooLong
+from swiftmeg.data.template.pairs import PairTemplate
 from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 
@@ -15,13 +16,15 @@ TRIES = 10
 
 
 class LazyDataset(Dataset[dict[str, Any]]):
-    """Encoded rows of the standard rows `rows`, made by `template` at every access.
+    """Encoded rows, or pairs, of the standard rows `rows`, made by `template` at every access.
 
     In place of a row that the template cannot use comes the next that it can, of at most `TRIES`;
     the log names such rows. With `strict` it raises UserError, unless the row is merely too long.
     """
 
-    def __init__(self, rows: Any, template: Template, *, strict: bool = False) -> None:
+    def __init__(
+        self, rows: Any, template: Template | PairTemplate, *, strict: bool = False
+    ) -> None:
         self._rows = rows
         self._template = template
         self._strict = strict
@@ -38,6 +41,8 @@ class LazyDataset(Dataset[dict[str, Any]]):
             except RowError as error:
                 self._report(row["origin"], error)
             else:
+                if "input_ids" not in encoded:
+                    return encoded  # a pair, whose sides have it
                 return {**encoded, "length": len(encoded["input_ids"])}
         raise UserError(
             f"--lazy_tokenize true: {TRIES} rows in a row cannot be used, the first of them "

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from swiftmeg.data.encoded.tokens import PairDataset
 from swiftmeg.errors import UserError
 
 Array = np.ndarray[Any, Any]
@@ -15,16 +16,28 @@ WINDOW = 8192
 """Rows that are packed together. Longer windows fill packs hardly better and mix rows less."""
 
 
-def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+def tokens_of(item: dict[str, Any]) -> int:
+    """The tokens of an encoded row, or of both sides of a pair."""
+    if "input_ids" in item:
+        return len(item["input_ids"])
+    return sum(map(tokens_of, item.values()))
+
+
+def pack(lengths: Sequence[int], max_length: int, *, pairs: bool = False) -> list[list[int]]:
     """Return groups of row indices whose lengths sum to at most `max_length`.
 
     Every row is in exactly one group and is never split. First-fit decreasing: within a window,
     rows from the longest down each go into the first group that has room. The outcome depends on
-    the arguments only. Raises UserError if a row is longer than `max_length`.
+    the arguments only. Raises UserError if a row is longer than `max_length`; of `pairs`, whose
+    sides each have that limit, such a one makes a group of its own.
     """
-    rows, borders = _pack(np.asarray(lengths), max_length)
+    rows, borders = _pack(_clipped(np.asarray(lengths), max_length, pairs), max_length)
     listed = rows.tolist()
     return [listed[a:b] for a, b in itertools.pairwise(borders.tolist())]
+
+
+def _clipped(lengths: Array, max_length: int, pairs: bool) -> Array:
+    return np.minimum(lengths, max_length) if pairs else lengths
 
 
 def _pack(lengths: Array, max_length: int) -> tuple[Array, Array]:
@@ -86,16 +99,19 @@ def _groups_of_descending(lengths: list[int], max_length: int) -> list[int]:
 
 
 class PackedDataset(Dataset[list[dict[str, Any]]]):
-    """A dataset of packs: item i is the list of encoded rows of pack i.
+    """A dataset of packs: item i is the list of encoded rows, or pairs, of pack i.
 
     `dataset` has integer indexing and `lengths()`, the tokens of each row.
     """
 
     def __init__(self, dataset: Any, max_length: int) -> None:
         self.dataset = dataset
+        pairs = isinstance(dataset, PairDataset)
         lengths = dataset.lengths()
         # Lists of lists would take ten times as much memory, in every rank.
-        self._rows, self._borders = _pack(lengths, max_length)
+        self._rows, self._borders = _pack(_clipped(lengths, max_length, pairs), max_length)
+        self.longest = max(max_length, int(lengths.max())) if pairs else max_length
+        """The most tokens of a pack."""
         self.fill = float(lengths.sum()) / (max_length * len(self)) if len(self) else 0.0
         """The share of the packs' room that rows take up."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from swiftmeg.data.encoded.packing import pack
+from swiftmeg.data.encoded.packing import pack, tokens_of
 from swiftmeg.data.standard_row import Drops, Row, RowError, RowTooLong
 from swiftmeg.data.stream.stream import RowStream, StreamRow
 from swiftmeg.errors import UserError
@@ -19,7 +19,7 @@ from swiftmeg.errors import UserError
 WINDOW = 32
 """Packs that a lane fills together."""
 
-Encoded = dict[str, list[int]]
+Encoded = dict[str, Any]
 Encode = Callable[[Row], Encoded]
 
 
@@ -195,7 +195,7 @@ class Lane:
                 self._next = _behind(usable[0])
             return
         rows = dict(self._kept)
-        tokens = sum(len(row["input_ids"]) for _, row in rows.values())
+        tokens = sum(tokens_of(row) for _, row in rows.values())
         ended = False
         while tokens < WINDOW * self._pack_length:
             epoch = next(iter(rows.values()))[0].epoch if rows else None
@@ -203,19 +203,20 @@ class Lane:
             if ended := usable is None:
                 break
             rows[usable[0].place] = usable
-            tokens += len(usable[1]["input_ids"])
+            tokens += tokens_of(usable[1])
         if not rows:
             return
         places = sorted(rows)
-        lengths = [len(rows[place][1]["input_ids"]) for place in places]
-        packs = pack(lengths, self._pack_length)
+        items = [rows[place][1] for place in places]
+        lengths = [tokens_of(item) for item in items]
+        packs = pack(lengths, self._pack_length, pairs="input_ids" not in items[0])
         emptiest = min(range(len(packs)), key=lambda n: sum(lengths[i] for i in packs[n]))
         held = [places[i] for i in packs[emptiest]]
         if len(packs) > 1 and not ended and not set(held) & set(self._position.held):
             packs.pop(emptiest)
         else:
             held = []
-        self._ready.extend([rows[places[i]][1] for i in group] for group in packs)
+        self._ready.extend([items[i] for i in group] for group in packs)
         self._kept = {place: rows[place] for place in held}
         self._next = _behind(rows[places[-1]][0])
         if held:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swiftmeg.data.standard_row import Row, RowError, messages_of
-from swiftmeg.data.template.template import Encoded, Template
+from swiftmeg.data.template.template import IGNORE, Encoded, Template
 from swiftmeg.data.tools import check_answered, to_chat
 from swiftmeg.data.turns import Message
 from swiftmeg.errors import UserError
@@ -36,18 +36,27 @@ class PairTemplate:
 
     Takes the arguments of `Template`. Trained, that is compared, are the assistant turns from the
     first one that differs, which mostly is the last: everything before is the shared prompt. So
-    `loss_scale` only says whether empty thinking is left out.
+    `loss_scale` only says whether empty thinking is left out. With `ld_alpha` (LD-DPO,
+    arXiv:2409.06411) tokens have weights: of the longer answer, those beyond the length of the
+    shorter one count so much.
     """
 
-    weighted = False
-    """Tokens of pairs have no weights."""
-
-    def __init__(self, tokenizer: Any, *, loss_scale: str = "default", **options: Any) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        loss_scale: str = "default",
+        ld_alpha: float | None = None,
+        **options: Any,
+    ) -> None:
         if loss_scale not in LOSS_SCALES:
             raise UserError(
                 f"--loss_scale {loss_scale}: pairs compare answers; accepted: "
                 f"{', '.join(LOSS_SCALES)}"
             )
+        self._ld_alpha = ld_alpha
+        self.weighted = ld_alpha is not None
+        """Whether tokens have weights."""
         self._max_length = options.pop("max_length", None)
         self._limit = Template(tokenizer, max_length=self._max_length, **options)
         think = loss_scale.endswith("ignore_empty_think")
@@ -68,14 +77,30 @@ class PairTemplate:
 
     def identity(self) -> dict[str, Any]:
         """Return all that decides the outcome of `encode_many`, as JSON-able values."""
-        return {"pairs": self._all.identity(), "max_length": self._max_length}
+        return {
+            "pairs": self._all.identity(),
+            "max_length": self._max_length,
+            "ld_alpha": self._ld_alpha,
+        }
+
+    def encode(self, row: Row) -> dict[str, dict[str, Any]]:
+        """Return `chosen` and `rejected` of one standard row, items as those of a PairDataset.
+
+        Raises RowError if the row cannot be used, UserError if the template cannot.
+        """
+        items = {}
+        for name, side in self._encode(row)._asdict().items():
+            arrays = {key: value for key, value in side._asdict().items() if value is not None}
+            items[name] = {**arrays, "length": len(side.input_ids)}
+        return items
 
     def encode_many(self, rows: Sequence[Row]) -> list[Pair | RowError | UserError]:
         """Return each standard row's pair, or why there is none.
 
         Both sides have `input_ids` and `labels`, int32 [length], with the label -100 on the prompt.
         Under `--truncation_strategy left` both lose as many tokens, so that they share what is left
-        of the prompt. A side without a token to train makes the row a bad one.
+        of the prompt. A side without a token to train makes the row a bad one, and so do sides that
+        are equal, be it because they were cut.
         """
         return [self._outcome(row) for row in rows]
 
@@ -101,7 +126,24 @@ class PairTemplate:
         if np.array_equal(sides[0].input_ids, sides[1].input_ids):
             raise RowError("the rejected answer equals the chosen one")
         longest = max(len(side.input_ids) for side in sides)
-        return Pair(*(self._limit.fit_to(side, longest) for side in sides))
+        pair = Pair(*(self._limit.fit_to(side, longest) for side in sides))
+        if np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids):
+            raise RowError("cut to --max_length, the rejected answer equals the chosen one")
+        return pair if self._ld_alpha is None else _with_length_weights(pair, self._ld_alpha)
+
+
+def _with_length_weights(pair: Pair, ld_alpha: float) -> Pair:
+    """Give trained tokens behind as many as the shorter answer has the weight `ld_alpha`."""
+    trained = [side.labels != IGNORE for side in pair]
+    shared = min(int(each.sum()) for each in trained)
+    return Pair(
+        *(
+            side._replace(
+                loss_scale=np.where(each & (each.cumsum() > shared), ld_alpha, 1).astype(np.float32)
+            )
+            for side, each in zip(pair, trained, strict=True)
+        )
+    )
 
 
 def conversations(row: Row) -> Conversations:
