@@ -14,6 +14,15 @@ Array = np.ndarray[Any, Any]
 Sample = tuple[Sequence[int], Sequence[int], Sequence[float] | None]
 
 
+def padding_token(tokenizer: Any, vocab_size: int) -> int:
+    """Return the id that fills up rows: that of the pad token, else of EOS, else 0.
+
+    No position that is trained attends to it, so any id of the model's vocabulary will do.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((each for each in known if each is not None and 0 <= each < vocab_size), 0)
+
+
 class Collator:
     """Joins encoded rows into one micro-batch, with labels already shifted.
 

@@ -51,14 +51,15 @@ def read_tokens(flags: list[str]) -> list[str]:
 
 
 def with_new_tokens(model: HFModel, tokens: list[str]) -> HFModel:
-    """`model` with those of `tokens` that its tokenizer lacks, as special tokens.
+    """`model` with those of `tokens` that its tokenizer or vocabulary lacks, as special tokens.
 
     The vocabulary grows where it has no rows left for them. Rows of new tokens begin at the mean of
     the others, as those that transformers adds do.
     """
     tokenizer = model.tokenizer()
     known = tokenizer.get_vocab()
-    new = [token for token in tokens if token not in known]
+    rows = int(model.megatron_args["vocab_size"])
+    new = [token for token in tokens if known.get(token, rows) >= rows]
     if not new:
         logger.info("--new_special_tokens: the tokenizer has all %d already", len(tokens))
         return model

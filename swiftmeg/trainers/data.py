@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from swiftmeg.args.rules import FP8_MULTIPLE
-from swiftmeg.data.collate import Collator
+from swiftmeg.data.collate import Collator, padding_token
 from swiftmeg.data.encoded.encode import encode_pairs, encode_rows
 from swiftmeg.data.encoded.lazy import LazyDataset
 from swiftmeg.data.encoded.packing import PackedDataset
@@ -23,13 +23,14 @@ from swiftmeg.trainers.training_data import TrainingData
 logger = logging.getLogger(__name__)
 
 
-def make_template(args: Any, tokenizer: Any, max_length: int) -> Template:
+def make_template(args: Any, tokenizer: Any, max_length: int, vocab_size: int) -> Template:
     """The chat template that the template flags describe."""
-    return Template(tokenizer, **_template_options(args, max_length))
+    return Template(tokenizer, **_template_options(args, max_length, vocab_size))
 
 
-def _template_options(args: Any, max_length: int) -> dict[str, Any]:
+def _template_options(args: Any, max_length: int, vocab_size: int) -> dict[str, Any]:
     return {
+        "vocab_size": vocab_size,
         "name": args.template,
         "system": args.system,
         "max_length": max_length,
@@ -43,7 +44,8 @@ def _template_options(args: Any, max_length: int) -> dict[str, Any]:
 def prepare_pairs(args: Any, model: HFModel) -> tuple[PairDataset, PairDataset | None]:
     """Read and tokenise the preference pairs of --dataset and --val_dataset."""
     max_length = args.max_length or int(model.megatron_args["max_position_embeddings"])
-    template = PairTemplate(model.tokenizer(), **_template_options(args, max_length))
+    options = _template_options(args, max_length, int(model.megatron_args["vocab_size"]))
+    template = PairTemplate(model.tokenizer(), **options)
     options = {"num_proc": args.dataset_num_proc, "strict": args.strict}
     train, validation = (
         None if rows is None else encode_pairs(rows, template, **options) for rows in _rows(args)
@@ -68,25 +70,26 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
     """
     tokenizer = model.tokenizer()
     max_length = args.max_length or int(model.megatron_args["max_position_embeddings"])
-    template = make_template(args, tokenizer, max_length)
-    pad_token = tokenizer.pad_token_id
+    vocab_size = int(model.megatron_args["vocab_size"])
+    template = make_template(args, tokenizer, max_length, vocab_size)
     collate = Collator(
-        pad_token_id=tokenizer.eos_token_id if pad_token is None else pad_token,
+        pad_token_id=padding_token(tokenizer, vocab_size),
         padding_free=args.padding_free or args.packing,
         pad_to_multiple_of=length_multiple(args),
         segment_multiple=2 * args.context_parallel_size if args.context_parallel_size > 1 else 1,
     )
     train_rows, validation_rows = _rows(args)
+    options = {"num_proc": args.dataset_num_proc, "strict": args.strict}
 
     def encode(rows: Any) -> Any:
         if args.lazy_tokenize:
-            return LazyDataset(rows, template, strict=args.strict)
-        encoded = encode_rows(rows, template, num_proc=args.dataset_num_proc, strict=args.strict)
+            return LazyDataset(rows, template, **options)
+        encoded = encode_rows(rows, template, **options)
         return PackedDataset(encoded, max_length) if args.packing else encoded
 
     validation = encode(validation_rows) if validation_rows is not None else None
     if args.streaming:
-        stream = open_stream(args)
+        stream = open_stream(args, template)
         collate.fixed_length = _fixed_length(args, max_length)
         return StreamedData(
             *(stream, validation, collate, max_length, args.train_iters, args), template=template
@@ -115,7 +118,7 @@ def row_options(args: Any) -> dict[str, Any]:
     }
 
 
-def open_stream(args: Any) -> RowStream:
+def open_stream(args: Any, template: Template) -> RowStream:
     """The stream of --dataset, of which some row can be used."""
     stream = RowStream(
         args.dataset,
@@ -124,7 +127,7 @@ def open_stream(args: Any) -> RowStream:
         stopping_strategy=args.stopping_strategy,
         **row_options(args),
     )
-    stream.check()
+    stream.check(template.encode if template.may_exceed_vocabulary else None)
     if args.split_dataset_ratio and not args.val_dataset:
         logger.warning(
             "--split_dataset_ratio %s: no rows are held out from a stream: name some by "
@@ -173,4 +176,12 @@ def _train_iters(rows: int, args: Any) -> int:
     if args.max_epochs is None:
         return int(args.train_iters)
     iters = train_iters(rows, args.max_epochs, args.global_batch_size)
+    left_out = rows * args.max_epochs - iters * args.global_batch_size
+    if left_out and iters <= (args.train_iters or iters):
+        logger.info(
+            "--max_epochs %d: %d %s make %d steps of %d; the last %d fill no global batch and are "
+            "left out",
+            *(args.max_epochs, rows, "packs" if args.packing else "rows"),
+            *(iters, args.global_batch_size, left_out),
+        )
     return min(iters, args.train_iters or iters)

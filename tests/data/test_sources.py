@@ -489,3 +489,29 @@ def test_registering(tmp_path):
     for info, name in [(DatasetInfo(ms_id="only/hf"), None), (DatasetInfo(path=path), None)]:
         with pytest.raises(UserError, match="register_dataset: "):
             register_dataset(info, name=name)
+
+
+@pytest.mark.parametrize(
+    ("sample", "ratio", "said"),
+    [
+        (7, 0.0, "there are 3 rows for 7: each is taken 2 times, and 1 of them, drawn at random"),
+        (6, 0.0, "there are 3 rows for 6: each is taken 2 times"),
+        (7, 0.4, "there are 2 rows for 6: each is taken 3 times"),
+        (3, 0.0, None),
+        (2, 0.0, None),
+    ],
+)
+def test_repeated_rows_are_said(tmp_path, caplog, sample, ratio, said):
+    spec = numbered(tmp_path, 3) + f"#{sample}"
+    load_rows([spec], split_dataset_ratio=ratio)
+    lines = [record.getMessage() for record in caplog.records if "taken" in record.getMessage()]
+    assert len(lines) == (said is not None)
+    assert all(line.startswith(f"{spec}: {said}") for line in lines)
+
+
+def test_more_rows_than_can_be_made(tmp_path):
+    for number in ("999999999999", "9" * 5000):
+        with pytest.raises(UserError) as caught:
+            load_rows([numbered(tmp_path, 3) + f"#{number}"])
+        assert len(str(caught.value)) < 300
+        assert "lower N" in str(caught.value)

@@ -63,6 +63,17 @@ def encode_rows(
     return encoded if order is None else TokenDataset(folder, _places(encoded.rows(), order))
 
 
+def check_rows(rows: Dataset, template: Template | PairTemplate, num_proc: int = 1) -> None:
+    """UserError for the first row that no run could use, such as one of an unknown token."""
+    rows, _ = in_stored_order(rows)
+
+    def work(start: int) -> None:
+        _encode_chunk(rows, template, start, False)
+
+    for _ in _progress(_pass(rows, work, _CHUNK, num_proc), len(rows)):
+        pass
+
+
 def encode_pairs(
     rows: Dataset,
     template: PairTemplate,

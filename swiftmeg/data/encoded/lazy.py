@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from swiftmeg.data.encoded.encode import check_rows
 from swiftmeg.data.standard_row import RowError, RowTooLong
 from swiftmeg.data.template.pairs import PairTemplate
 from swiftmeg.data.template.template import Template
@@ -20,11 +21,26 @@ class LazyDataset(Dataset[dict[str, Any]]):
 
     In place of a row that the template cannot use comes the next that it can, of at most `TRIES`;
     the log names such rows. With `strict` it raises UserError, unless the row is merely too long.
+
+    Where the tokenizer has tokens that the model lacks, making the dataset tokenises all rows once,
+    with `num_proc` processes, and raises UserError for a row that has one.
     """
 
     def __init__(
-        self, rows: Any, template: Template | PairTemplate, *, strict: bool = False
+        self,
+        rows: Any,
+        template: Template | PairTemplate,
+        *,
+        strict: bool = False,
+        num_proc: int = 1,
     ) -> None:
+        if template.may_exceed_vocabulary:
+            logger.info(
+                "--lazy_tokenize true: the tokenizer has tokens beyond the model's vocabulary of "
+                "%d: looking for them in %d rows",
+                *(template.vocab_size, len(rows)),
+            )
+            check_rows(rows, template, num_proc)
         self._rows = rows
         self._template = template
         self._strict = strict

@@ -15,6 +15,7 @@ from swiftmeg.data.sources.registry import (
 from swiftmeg.errors import UserError
 
 _SYNTAX = "accepted: [hf::|ms::]id_or_path[:subset1/subset2][#N]"
+_DIGITS = 15
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -88,10 +89,15 @@ def parse_spec(spec: str, use_hf: bool = False) -> Source:
 
 
 def _exists(path: str) -> bool:
-    return Path(path).expanduser().exists()
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError):  # longer than a path may be, or none at all
+        return False
 
 
 def _sample(spec: str, number: str) -> int:
+    if len(number) > _DIGITS:
+        raise UserError(f"--dataset {spec[:80]}: more than {_DIGITS} digits behind #: lower N")
     if not number.isdecimal() or int(number) < 1:
         raise UserError(
             f"--dataset {spec}: #{number} is not a positive whole number of rows; {_SYNTAX}"

@@ -32,6 +32,9 @@ STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted")
 _FORMAT = 3  # raise it when the same file would give other rows than before
 _CHUNK = 1000
 
+MOST_REPEATED = 10**8
+"""The largest N of `#N` for a set of fewer rows."""
+
 # Temporary folders of rows that must not be taken from the cache; they vanish with the process.
 _uncached: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -205,7 +208,7 @@ def _split_and_sample(
     if not ratio:
         if wanted is None:
             return rows, None
-        return _select(rows, _sample(np.arange(len(rows)), wanted, chooser)), None
+        return _select(rows, _sample(np.arange(len(rows)), source, wanted, chooser)), None
     available = len(rows) if wanted is None else min(len(rows), wanted)
     held_out = max(int(available * ratio), 1)
     if available <= held_out:
@@ -216,13 +219,26 @@ def _split_and_sample(
     order = chooser.permutation(len(rows))
     train = np.sort(order[held_out:])
     if wanted is not None:
-        train = _sample(train, wanted - held_out, chooser)
+        train = _sample(train, source, wanted - held_out, chooser)
     return _select(rows, train), _select(rows, np.sort(order[:held_out]))
 
 
-def _sample(indices: np.ndarray, wanted: int, chooser: np.random.Generator) -> np.ndarray:
+def _sample(
+    indices: np.ndarray, source: Source, wanted: int, chooser: np.random.Generator
+) -> np.ndarray:
     """Take `wanted` of the indices: whole copies first, then a random part without repetition."""
     copies, remainder = divmod(wanted, len(indices))
+    if copies and wanted > len(indices):
+        if wanted > MOST_REPEATED:
+            raise UserError(
+                f"--dataset {source.spec}: the set has {len(indices)} rows, and repeats of them "
+                f"make at most {MOST_REPEATED:,}: lower N"
+            )
+        logger.warning(
+            "%s: there are %d rows for %d: each is taken %d times%s",
+            *(source.spec, len(indices), wanted, copies),
+            f", and {remainder} of them, drawn at random, once more" if remainder else "",
+        )
     part = chooser.permutation(indices)[:remainder]
     return np.concatenate([np.tile(indices, copies), part]).astype(np.int64)
 

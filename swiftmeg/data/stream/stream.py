@@ -5,7 +5,8 @@ shuffled in a buffer. The rows of all epochs are numbered through; `place` is a 
 process can walk through the stream, which costs microseconds a row as long as nothing is parsed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from swiftmeg.errors import UserError
 
 StreamRow = tuple[int, OriginRow]
 """The number of the reader that a raw row comes from, and the row."""
+
+LOOKED_AT = 10_000
+"""Rows that are tokenised before training where the tokenizer has tokens that the model lacks."""
 
 _DRAWS = 4096
 
@@ -91,16 +95,25 @@ class RowStream:
         """Return a raw row in standard form; raises RowError, or UserError with `strict`."""
         return self._readers[row[0]].standard(row[1])
 
-    def check(self) -> None:
-        """UserError unless some row of the first epoch is usable; reads up to that row."""
-        drops = Drops()
-        for row in self.epoch(0):
+    def check(self, encode: Callable[[Row], object] | None = None) -> None:
+        """UserError unless some row of the first epoch is usable; reads up to that row.
+
+        With `encode`, the first `LOOKED_AT` rows are read, and what it raises of that kind ends it.
+        """
+        drops, usable = Drops(), False
+        for row in islice(self.epoch(0), LOOKED_AT if encode else None):
             try:
-                self.standard(row)
+                standard = self.standard(row)
+                if encode is not None:
+                    encode(standard)
             except RowError as error:
                 drops.add(f"{row[1][0]}:{row[1][1][0]}", error)
             else:
-                return
+                usable = True
+                if encode is None:
+                    break
+        if usable:
+            return
         found = f"none of {drops.total} rows can be used: {drops}" if drops.total else "no rows"
         raise UserError(f"--dataset: {found}")
 

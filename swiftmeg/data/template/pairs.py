@@ -58,7 +58,10 @@ class PairTemplate:
         self.weighted = ld_alpha is not None
         """Whether tokens have weights."""
         self._max_length = options.pop("max_length", None)
-        self._limit = Template(tokenizer, max_length=self._max_length, **options)
+        self.vocab_size = options.pop("vocab_size", None)
+        self._limit = Template(
+            tokenizer, max_length=self._max_length, vocab_size=self.vocab_size, **options
+        )
         think = loss_scale.endswith("ignore_empty_think")
         # Two, because the last turn can be told apart where earlier ones cannot.
         self._last = Template(
@@ -75,12 +78,18 @@ class PairTemplate:
         """What `Template` counts, of both ways to encode a side."""
         return self._last.counts + self._all.counts
 
+    @property
+    def may_exceed_vocabulary(self) -> bool:
+        """Whether the tokenizer has tokens that the model does not have."""
+        return self._limit.may_exceed_vocabulary
+
     def identity(self) -> dict[str, Any]:
         """Return all that decides the outcome of `encode_many`, as JSON-able values."""
         return {
             "pairs": self._all.identity(),
             "max_length": self._max_length,
             "ld_alpha": self._ld_alpha,
+            "vocab_size": self.vocab_size,
         }
 
     def encode(self, row: Row) -> dict[str, dict[str, Any]]:
@@ -88,8 +97,12 @@ class PairTemplate:
 
         Raises RowError if the row cannot be used, UserError if the template cannot.
         """
+        try:
+            pair = self._encode(row)
+        except UserError as error:
+            raise UserError(f"{row.get('origin', 'a row')}: {error}") from None
         items = {}
-        for name, side in self._encode(row)._asdict().items():
+        for name, side in pair._asdict().items():
             arrays = {key: value for key, value in side._asdict().items() if value is not None}
             items[name] = {**arrays, "length": len(side.input_ids)}
         return items

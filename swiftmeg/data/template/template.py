@@ -53,6 +53,7 @@ class Template:
     and an n stand for a line break, or the path of a .txt file. `max_length` counts tokens of one
     row; None means no limit. `use_chat_template=False` or `name="generation"` joins the
     messages' texts without any markup, between the BOS token, if the tokenizer has one, and EOS.
+    `vocab_size` is the model's: a row with another token ends the run.
 
     Raises UserError for unknown options, a tokenizer without a chat template, or a named template
     whose tokens the tokenizer lacks.
@@ -70,11 +71,13 @@ class Template:
         use_chat_template: bool = True,
         response_prefix: str | None = None,
         agent_template: str | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         _check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         if max_length is not None and max_length < 2:
             raise UserError(f"--max_length {max_length}: must be at least 2")
         self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
         self.max_length = max_length
         self.truncation_strategy = truncation_strategy
         self.loss_scale = LossScale.parse(loss_scale)
@@ -116,6 +119,7 @@ class Template:
             "max_length": self.max_length,
             "truncation_strategy": self.truncation_strategy,
             "loss_scale": self.loss_scale.name,
+            "vocab_size": self.vocab_size,
         }
 
     def encode(self, row: Row) -> dict[str, list[int]]:
@@ -133,6 +137,8 @@ class Template:
         (outcome,) = self.encode_many([row])
         if not said and (found := self.counts["unshown_reasoning"]):
             logger.warning("%s: " + UNSHOWN_REASONING, row.get("origin", "a row"), found)
+        if isinstance(outcome, UserError) and "origin" in row:
+            raise UserError(f"{row['origin']}: {outcome}")
         if not isinstance(outcome, Encoded):
             raise outcome
         return {
@@ -162,7 +168,7 @@ class Template:
         for place, (ids, found), row_parts in zip(places, tokens, parts, strict=True):
             try:
                 outcomes[place] = self._labelled(ids, found, [weight for *_, weight in row_parts])
-            except RowError as error:
+            except (RowError, UserError) as error:
                 outcomes[place] = error
         return outcomes
 
@@ -211,10 +217,27 @@ class Template:
     def fit_to(self, row: Encoded, longest: int) -> Encoded:
         """Cut a row as if it had `longest` tokens, or raise RowTooLong; see `encode`."""
         row = self._fit(row, longest)
+        self._check_vocabulary(row.input_ids)
         row.labels[:1] = IGNORE
         if (row.labels == IGNORE).all():
             raise RowError("no token to train")
         return row
+
+    @property
+    def may_exceed_vocabulary(self) -> bool:
+        """Whether the tokenizer has tokens that the model does not have."""
+        highest = max(self.tokenizer.get_vocab().values(), default=0)
+        return self.vocab_size is not None and highest >= self.vocab_size
+
+    def _check_vocabulary(self, ids: Array) -> None:
+        if self.vocab_size is None or not len(ids) or (highest := int(ids.max())) < self.vocab_size:
+            return
+        token = self.tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"token {token!r} has the id {highest}, but the model's vocabulary ends at "
+            f"{self.vocab_size - 1} (config.json's vocab_size is {self.vocab_size}): add it by "
+            "--new_special_tokens, or use the tokenizer that belongs to the model"
+        )
 
     def encode_prompt(
         self, messages: Sequence[Message], tools: str | list[Any] | None = None
