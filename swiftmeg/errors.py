@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""The one exception that users are meant to see, and how its messages show flags."""
 
 
 class UserError(Exception):
@@ -6,3 +6,10 @@ class UserError(Exception):
 
     The message names the flag, file or tensor, what was found, what is accepted and what to do.
     """
+
+
+def typed(value: object) -> str:
+    """A flag's value as a user types it: `true` for True, words for a list."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(typed, value)) if isinstance(value, list) else str(value)

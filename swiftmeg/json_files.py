@@ -7,6 +7,9 @@ from typing import Any
 from swiftmeg.errors import UserError
 from swiftmeg.trust import Untrusted, stays_inside
 
+INDEX = "model.safetensors.index.json"
+"""The file that says which file each tensor is in."""
+
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError if it holds anything else, or cannot be read."""

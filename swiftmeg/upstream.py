@@ -1,12 +1,10 @@
 """Every patch of Megatron, each with its reason and the condition under which it can go."""
 
 import contextlib
-import ctypes
 import io
 import multiprocessing
 import queue
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -16,9 +14,8 @@ import torch
 
 from swiftmeg import platform
 from swiftmeg.checkpoint import TRACKER, read_tracker, write_tracker
+from swiftmeg.orphans import die_with
 from swiftmeg.unpickling import load_item, read_index
-
-_PR_SET_PDEATHSIG = 1
 
 
 def apply() -> None:
@@ -334,8 +331,7 @@ def write_in_background() -> None:
 
 def _die_with_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole group, it is the rank's to obey
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with()
 
 
 class _Storage:

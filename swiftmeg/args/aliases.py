@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from swiftmeg.errors import UserError
+from swiftmeg.errors import UserError, typed
 
 ALIASES = {
     "mcore_model": "load",
@@ -50,12 +50,8 @@ def merge_aliases(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
         value = not given[alias] if alias in NEGATED else given[alias]
         if name in merged and merged[name] != value:
             raise UserError(
-                f"--{spelled[name]} {_shown(given[spelled[name]])} and --{alias} "
-                f"{_shown(given[alias])} contradict each other: keep one"
+                f"--{spelled[name]} {typed(given[spelled[name]])} and --{alias} "
+                f"{typed(given[alias])} contradict each other: keep one"
             )
         merged[name], spelled[name] = value, alias
     return merged
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from swiftmeg.args.megatron import MegatronFlags
-from swiftmeg.errors import UserError
+from swiftmeg.errors import UserError, typed
 from swiftmeg.models.hf import HFModel
 
 
@@ -134,7 +134,7 @@ def complete_experts(args: Any, sources: dict[str, str], model: HFModel) -> None
             given = getattr(args, name)
             if given not in (None, value):
                 raise UserError(
-                    f"--{name} {_shown(given)}: --model {model.folder} has no experts: drop it"
+                    f"--{name} {typed(given)}: --model {model.folder} has no experts: drop it"
                 )
         return
     _balance(args, sources, model)
@@ -170,8 +170,8 @@ def _balance(args: Any, sources: dict[str, str], model: HFModel) -> None:
     weights = args.moe_aux_loss_coeff
     if len(weights) != len(kinds):
         raise UserError(
-            f"--moe_aux_loss_coeff {_shown(weights)}: there must be one for each of "
-            f"--moe_router_load_balancing_type {_shown(kinds)}"
+            f"--moe_aux_loss_coeff {typed(weights)}: there must be one for each of "
+            f"--moe_router_load_balancing_type {typed(kinds)}"
         )
     for kind, weight in zip(kinds, weights, strict=True):
         if weight < 0:
@@ -183,7 +183,7 @@ def _balance(args: Any, sources: dict[str, str], model: HFModel) -> None:
             )
     if len(kinds) > 1 and not set(kinds) <= set(BALANCING):
         raise UserError(
-            f"--moe_router_load_balancing_type {_shown(kinds)}: only {', '.join(BALANCING)} go "
+            f"--moe_router_load_balancing_type {typed(kinds)}: only {', '.join(BALANCING)} go "
             "together: choose one type"
         )
     factor = args.moe_expert_capacity_factor
@@ -192,7 +192,7 @@ def _balance(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if factor is not None and not set(kinds) <= {"aux_loss", "seq_aux_loss", "none"}:
         raise UserError(
             f"--moe_expert_capacity_factor {factor} does not go with "
-            f"--moe_router_load_balancing_type {_shown(kinds)}: use aux_loss, seq_aux_loss or none"
+            f"--moe_router_load_balancing_type {typed(kinds)}: use aux_loss, seq_aux_loss or none"
         )
     if args.moe_pad_expert_input_to_capacity:
         largest = built["num_experts"] / built["moe_router_topk"]
@@ -292,7 +292,3 @@ def layer_pattern(value: Any, layers: int) -> list[int] | None:
 
 def _names(group: type[Any]) -> list[str]:
     return [each.name for each in fields(group)]
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg import platform
-from swiftmeg.errors import UserError
+from swiftmeg.errors import UserError, typed
 from swiftmeg.models.hf import HFModel
 
 LIMITS: dict[str, tuple[float, float]] = {
@@ -145,8 +145,8 @@ def check_combinations(args: Any, model: HFModel) -> None:
     for one, other in EXCLUSIVE:
         if getattr(args, one) and getattr(args, other):
             raise UserError(
-                f"--{one} {_shown(getattr(args, one))} and --{other} "
-                f"{_shown(getattr(args, other))} exclude each other: drop one"
+                f"--{one} {typed(getattr(args, one))} and --{other} "
+                f"{typed(getattr(args, other))} exclude each other: drop one"
             )
     for (name, value), reason in REFUSED.items():
         if getattr(args, name) == value:
@@ -174,13 +174,13 @@ def check_machine(args: Any) -> None:
             continue
         if importlib.util.find_spec("transformer_engine") is None:
             raise UserError(
-                f"--{name} {_shown(value)} needs TransformerEngine: install swiftmeg[te] or drop it"
+                f"--{name} {typed(value)} needs TransformerEngine: install swiftmeg[te] or drop it"
             )
         if not platform.has_cuda():
-            raise UserError(f"--{name} {_shown(value)} needs a GPU: drop it")
+            raise UserError(f"--{name} {typed(value)} needs a GPU: drop it")
         if args.transformer_impl not in (None, "transformer_engine"):
             raise UserError(
-                f"--{name} {_shown(value)} needs --transformer_impl transformer_engine: set it or "
+                f"--{name} {typed(value)} needs --transformer_impl transformer_engine: set it or "
                 f"drop --{name}"
             )
     if args.fp16 and not platform.has_cuda():
@@ -206,9 +206,9 @@ def _check_needs(rule: Needs, args: Any) -> None:
             else getattr(args, name) != wanted)
     }  # fmt: skip
     if missing:
-        needed = " and ".join(f"--{name} {_shown(wanted)}" for name, wanted in missing.items())
+        needed = " and ".join(f"--{name} {typed(wanted)}" for name, wanted in missing.items())
         raise UserError(
-            f"--{rule.flag} {_shown(value)} needs {needed}: set it or drop --{rule.flag}"
+            f"--{rule.flag} {typed(value)} needs {needed}: set it or drop --{rule.flag}"
         )
 
 
@@ -271,9 +271,3 @@ def _check_fp8(args: Any, model: HFModel) -> None:
         raise UserError(
             "--recompute_modules layernorm and --fp8_recipe delayed exclude each other: drop one"
         )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -8,7 +8,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from swiftmeg.errors import UserError
+from swiftmeg.errors import UserError, typed
 
 
 class PlannedFlags:
@@ -142,16 +142,10 @@ def check_planned(args: Any) -> None:
             continue
         value = getattr(args, each.name)
         if value != default_of(each) and value not in OFF.get(each.name, ()):
-            raise UserError(f"--{each.name} {_shown(value)}: {refusal(each.name, groups)}")
+            raise UserError(f"--{each.name} {typed(value)}: {refusal(each.name, groups)}")
 
 
 def refusal(name: str, groups: dict[str, type[Any]]) -> str:
     """Why flag `name` has no effect yet, and what to do."""
     title = (groups[name].__doc__ or "").splitlines()[0]
     return REASONS.get(name, f"{title} is not supported yet: drop it")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

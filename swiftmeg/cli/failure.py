@@ -6,7 +6,6 @@ of the job, once and last.
 """
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -18,11 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from swiftmeg.errors import UserError
+from swiftmeg.orphans import die_with
 
 LAUNCHER_PID = "SWIFTMEG_LAUNCHER_PID"
 """Environment variable that tells a rank which process launched it."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def guarded(action: Callable[[], int | None]) -> int:
@@ -74,10 +72,7 @@ def _behave_as_rank(launcher: int) -> None:
     # could not run there. The default action ends it at once, and leaves no traceback of Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.enable()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(1)
+    die_with(launcher)
 
 
 def _record_and_leave(text: str, is_user_error: bool) -> None:

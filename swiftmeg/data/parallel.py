@@ -1,19 +1,15 @@
 """Map a function over chunks of work in processes, keeping order and a bounded backlog."""
 
-import ctypes
 import gc
 import multiprocessing
 import os
-import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
+from swiftmeg.orphans import die_with
+
 _work: Callable[..., object] | None = None
-
-
-_PR_SET_PDEATHSIG = 1
 
 
 def _start(work: Callable[..., object], parent: int) -> None:
@@ -21,10 +17,7 @@ def _start(work: Callable[..., object], parent: int) -> None:
     _work = work
     gc.freeze()  # collections need not look through all that was imported, nor copy its pages
     # Orphans would wait for work for ever, and hold the locks that their parent held.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
+    die_with(parent)
     # The parallelism is over chunks; threads of a forked tokenizer would only compete with it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -12,9 +12,9 @@ from typing import Any
 from swiftmeg import distributed, platform
 from swiftmeg.args.check import check_layout, check_writable
 from swiftmeg.args.resolve import ARGS_FILE, describe, write_args_file
-from swiftmeg.checkpoint import UNFINISHED, check_checkpoint
+from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
-from swiftmeg.export.atomic_folder import publish
+from swiftmeg.export.atomic_folder import building
 from swiftmeg.models.hf import HFModel
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -142,15 +142,11 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
 @contextlib.contextmanager
 def unfinished_folder(target: Path) -> Iterator[Path]:
     """A hidden folder beside `target` that takes its place if all goes well; collective."""
-    unfinished = target.parent / f".{target.name}{UNFINISHED}"
     first = distributed.on_rank_zero()
     try:
+        with building(target, first) as unfinished:
+            yield unfinished
         if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        yield unfinished
-        if first:
-            publish(unfinished, target)
             print(f"written to {target}", flush=True)
     except OSError as error:
         if error.errno not in _NO_ROOM:
@@ -159,9 +155,6 @@ def unfinished_folder(target: Path) -> Iterator[Path]:
             f"--output_dir {target}: {os.strerror(error.errno)}: nothing is kept; make room or "
             "name another folder"
         ) from None
-    finally:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_args(folder: Path, args: Any, sources: dict[str, str]) -> None:

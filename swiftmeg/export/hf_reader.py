@@ -11,11 +11,8 @@ from swiftmeg.export.blocks import StoredPart
 from swiftmeg.export.hf_files import TIED_HEAD, HFWeights, check_names, listed
 from swiftmeg.export.lazy_weights import fill_all
 from swiftmeg.export.shards import LiveWeight
-from swiftmeg.models.family import Family, HFConfig, Row
+from swiftmeg.models.family import EMBEDDING, OUTPUT, Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
-
-EMBEDDING = "embedding.word_embeddings.weight"
-OUTPUT = "output_layer.weight"
 
 
 class HFSupply:

@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 
-from swiftmeg.checkpoint import UNFINISHED
-from swiftmeg.export.atomic_folder import publish
-from swiftmeg.export.hf_reader import OUTPUT
+from swiftmeg.export.atomic_folder import building
 from swiftmeg.export.lazy_weights import Weights, Whole
 from swiftmeg.export.safetensors_writer import (
-    INDEX,
     TensorInfo,
     assign_files,
     write_files,
@@ -24,7 +21,8 @@ from swiftmeg.export.safetensors_writer import (
 )
 from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.export.write_shares import Share, shares
-from swiftmeg.models.family import Family, HFConfig, Row
+from swiftmeg.json_files import INDEX
+from swiftmeg.models.family import OUTPUT, Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
 
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|index\.json)")
@@ -80,25 +78,16 @@ def save_hf(
     plan = {each.mcore: each for each in family.plan(config)}
     written = [live for live in live_weights(models) if live.name != OUTPUT or OUTPUT in plan]
     first = torch.distributed.get_rank() == 0
-    unfinished = folder.parent / f".{folder.name}{UNFINISHED}"
-    if first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        copy_model_files(source, unfinished, dtype, overrides or {})
-    torch.distributed.barrier()
-    try:
+    with building(folder, first) as unfinished:
+        if first:
+            copy_model_files(source, unfinished, dtype, overrides or {})
+        torch.distributed.barrier()
         values = weights or Whole()
         with values.in_turn():
             index = _write_share(written, values, unfinished, plan, dims, dtype, max_shard_bytes)
         torch.distributed.barrier()
-        if first:
-            if len(set(index["weight_map"].values())) > 1:
-                (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-            publish(unfinished, folder)
-    except BaseException:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+        if first and len(set(index["weight_map"].values())) > 1:
+            (unfinished / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     torch.distributed.barrier()
 
 

@@ -10,7 +10,6 @@ from typing import Any, BinaryIO
 
 import torch
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 _DTYPES = {

@@ -15,6 +15,10 @@ from typing import Any
 from swiftmeg.errors import UserError
 from swiftmeg.models.layout import COPY, Layout
 
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+"""Megatron's names of the embedding and of the output layer, which may be tied to it."""
+
 HFConfig = dict[str, Any]
 """A checkpoint's config.json."""
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from swiftmeg.cache import cache_root, content_key, get_or_build
 from swiftmeg.errors import UserError
-from swiftmeg.json_files import read_weight_map
+from swiftmeg.json_files import INDEX, read_weight_map
 from swiftmeg.models.hf import HFModel, read_model
 from swiftmeg.models.layout import VOCABULARY
 
@@ -27,7 +27,6 @@ MULTIPLE = 128
 """The new size of a vocabulary that grows is a multiple of this, as in Megatron-SWIFT."""
 
 _GROWN = "grown.safetensors"
-_INDEX = "model.safetensors.index.json"
 _SPREAD = 1e-9
 """Variance of new rows about the mean, as a share of the old rows': that of transformers."""
 _BLOCK = 2**14
@@ -90,7 +89,7 @@ def _grow(model: HFModel, tokenizer: Any, new: list[str], folder: Path) -> None:
         if path.suffix == ".safetensors":
             # transformers takes a single file of the usual name for the whole model.
             (folder / f"base-{path.name}").symlink_to(path.resolve())
-        elif path.is_file() and path.name != _INDEX and not (folder / path.name).exists():
+        elif path.is_file() and path.name != INDEX and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     config["vocab_size"] = wanted
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -106,13 +105,13 @@ def _grow(model: HFModel, tokenizer: Any, new: list[str], folder: Path) -> None:
     }
     save_file(grown, folder / _GROWN, metadata={"format": "pt"})
     files = {name: f"base-{file}" for name, file in places.items()} | dict.fromkeys(grown, _GROWN)
-    (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=2))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}, indent=2))
 
 
 def _places(folder: Path) -> dict[str, str]:
     """The file of each tensor."""
-    if (folder / _INDEX).is_file():
-        return read_weight_map(folder / _INDEX)
+    if (folder / INDEX).is_file():
+        return read_weight_map(folder / INDEX)
     places: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

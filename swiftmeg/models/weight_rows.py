@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from swiftmeg.models.family import Row, row
+from swiftmeg.models.family import EMBEDDING, Row, row
 from swiftmeg.models.layout import GATE_UP, QKV, VOCABULARY
 
 LAYER = "decoder.layers.{i}."
@@ -32,7 +32,7 @@ def gate_up_rows(mcore: str, hf: str, bias: bool = False) -> tuple[Row, ...]:
 
 
 DENSE_ROWS = (
-    row("embedding.word_embeddings.weight", "model.embed_tokens.weight", layout=VOCABULARY),
+    row(EMBEDDING, "model.embed_tokens.weight", layout=VOCABULARY),
     row(LAYER + "input_layernorm.weight", HF_LAYER + "input_layernorm.weight"),
     row(
         ATTENTION + "linear_qkv.weight",

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from swiftmeg.models.family import EMBEDDING, OUTPUT
 from swiftmeg.models.hf import HFModel
 from swiftmeg.planning.memory import Memory, stage_memory
 from swiftmeg.planning.stages import Stage
@@ -56,8 +57,8 @@ def count_parameters(megatron: argparse.Namespace, stages: list[Stage]) -> int:
     for chunk in (chunk for stage in stages for chunk in stage.chunks):
         for weight in chunk.weights:
             name = weight.name.replace(".base_layer", "")
-            is_head = name == "output_layer.weight"
-            is_embedding = name == "embedding.word_embeddings.weight"
+            is_head = name == OUTPUT
+            is_embedding = name == EMBEDDING
             if (is_head and not untied) or (is_embedding and not chunk.first):
                 continue
             total += weight.size * weight.copies - padding * (is_head or is_embedding)

@@ -8,6 +8,7 @@ from swiftmeg.args.megatron import LearningRateArguments
 from swiftmeg.args.model import DataArguments, TemplateArguments
 from swiftmeg.args.resolve import read_args_file
 from swiftmeg.args.tuner import FreezingArguments
+from swiftmeg.errors import typed
 
 _WITHOUT_EFFECT = (
     *("dataset_num_proc", "load_data_args", "use_hf", "hub_token"),
@@ -45,7 +46,7 @@ def changes(args: Any, megatron: Any, saved: Any) -> list[tuple[str, str]]:
         if hasattr(saved, name) and name != "lr_decay_iters":
             pairs[name] = getattr(megatron, name), getattr(saved, name)
     rows = [
-        (name, f"{_shown(now)}, was {_shown(then)}")
+        (name, f"{typed(now)}, was {typed(then)}")
         for name, (now, then) in pairs.items()
         if now != then
     ]
@@ -64,9 +65,3 @@ def _decay(namespace: Any) -> int:
 
 def _names(*groups: type[Any]) -> list[str]:
     return [each.name for group in groups for each in dataclasses.fields(group)]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -13,9 +13,7 @@ from torch.nn import Parameter
 from swiftmeg.args.tuner import FreezingArguments
 from swiftmeg.errors import UserError
 from swiftmeg.export.shards import LiveWeight, live_weights, spellings
-
-_TIED_COPY = "output_layer.weight"
-_EMBEDDING = "embedding.word_embeddings.weight"
+from swiftmeg.models.family import EMBEDDING, OUTPUT
 
 
 def freeze(models: list[Any], args: FreezingArguments) -> list[Any]:
@@ -74,7 +72,7 @@ def let_gradients_pass(models: list[Any]) -> None:
 
 def _names(weight: LiveWeight, tied: bool) -> tuple[str, ...]:
     """Every name that a parameter goes by; a last stage's copy of a tied embedding is that."""
-    return spellings(_EMBEDDING if tied and weight.name == _TIED_COPY else weight.name)
+    return spellings(EMBEDDING if tied and weight.name == OUTPUT else weight.name)
 
 
 def _matches(pattern: str, names: tuple[str, ...], is_regex: bool) -> bool:
