@@ -13,8 +13,7 @@ from swiftmeg import platform, upstream
 from swiftmeg.args.namespace import layout_attributes, megatron_namespace, model_flags
 from swiftmeg.checkpoint import folder_name, read_common_state, read_iteration
 from swiftmeg.errors import UserError
-from swiftmeg.export.lazy_weights import Weights, Whole, fill_all
-from swiftmeg.export.mcore_reader import CheckpointSupply
+from swiftmeg.export.lazy_weights import Weights, Whole
 from swiftmeg.export.mcore_writer import SharedOut, StreamingSave
 from swiftmeg.models.arguments import MODEL_SWITCHES
 from swiftmeg.models.build import model_config, padded_vocab_size
@@ -155,11 +154,6 @@ def _defining(namespace: argparse.Namespace, saved: Any) -> list[str]:
     names = [*namespace.family_arguments, *getattr(saved, "family_arguments", ()), *MODEL_SWITCHES]
     kept = [name for name in dict.fromkeys(names) if name not in OVERRIDABLE]
     return [_ATTRIBUTES.get(name, name) for name in kept]
-
-
-def load_mcore(models: list[Any], folder: str | Path) -> None:
-    """Fill `models` from a Megatron checkpoint of any layout; collective."""
-    fill_all(models, CheckpointSupply(models, Path(folder)))
 
 
 def load_weights(models: list[Any], folder: str | Path) -> list[Any]:

@@ -92,7 +92,9 @@ def round_trip(root: str, out: str, names: list[str], layout: Layout, count: int
     """Each model to Megatron, into a checkpoint, out of it and back, with `count` modules."""
     from swiftmeg.export.hf_reader import load_hf
     from swiftmeg.export.hf_writer import save_hf
-    from swiftmeg.export.model import load_mcore, save_mcore
+    from swiftmeg.export.lazy_weights import fill_all
+    from swiftmeg.export.mcore_reader import CheckpointSupply
+    from swiftmeg.export.model import save_mcore
 
     for name in names:
         folder, target = Path(root, name), Path(out, name)
@@ -104,7 +106,7 @@ def round_trip(root: str, out: str, names: list[str], layout: Layout, count: int
             for chunk in models:
                 for tensor in chunk.parameters():
                     tensor.fill_(float("nan"))
-        load_mcore(models, target / "mcore")
+        fill_all(models, CheckpointSupply(models, Path(target / "mcore")))
         save_hf(
             models, target / "hf", folder, model.family, model.config, dims, dtype=torch.float32
         )

@@ -51,7 +51,9 @@ def convert_both_ways(
     """Load, compare logits, save and reload as mcore, save as HF; on every rank of a layout."""
     from swiftmeg.export.hf_reader import load_hf
     from swiftmeg.export.hf_writer import save_hf
-    from swiftmeg.export.model import build_model, load_mcore, save_mcore
+    from swiftmeg.export.lazy_weights import fill_all
+    from swiftmeg.export.mcore_reader import CheckpointSupply
+    from swiftmeg.export.model import build_model, save_mcore
     from swiftmeg.export.precision import hf_logits, mcore_logits, sample_ids
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model
@@ -76,7 +78,7 @@ def convert_both_ways(
         for chunk in models:
             for parameter in chunk.parameters():
                 parameter.fill_(float("nan"))
-    load_mcore(models, f"{out}/mcore")
+    fill_all(models, CheckpointSupply(models, Path(f"{out}/mcore")))
     save_hf(
         models,
         Path(out) / "hf",
