@@ -297,6 +297,7 @@ def _unpickle_known_classes() -> None:
     reader has `weights_only`.
     """
     from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint._traverse import set_element
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.metadata import StorageMeta
 
@@ -308,9 +309,11 @@ def _unpickle_known_classes() -> None:
 
     def load_bytes(self: Any, read_item: Any, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
+        item = load_item(value, Path(name))
         if self.flatten_state_dict:
-            raise NotImplementedError(f"{name}: Megatron reads no flattened state")
-        self.state_dict[name] = load_item(value, Path(name))
+            set_element(self.original_state_dict, self.mappings[name], item)
+        else:
+            self.state_dict[name] = item
 
     FileSystemReader.read_metadata = read_metadata  # type: ignore[method-assign]
     DefaultLoadPlanner.load_bytes = load_bytes  # type: ignore[method-assign]
