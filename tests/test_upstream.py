@@ -122,6 +122,7 @@ NAMES: dict[str, str | None] = {
         "config verbose write_to_tensorboard non_loss_data_func pg_collection "
         "p2p_communicator"
     ),
+    f"{TRAINING}.training.get_forward_backward_func": "pp_size vp_size schedule_pg_collection",
     f"{TRAINING}.training.get_megatron_optimizer_config": "args",
     f"{TRAINING}.training.initialize_megatron": (
         "allow_no_cuda skip_mpu_initialization get_embedding_ranks "

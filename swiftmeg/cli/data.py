@@ -32,28 +32,26 @@ def main(argv: list[str]) -> None:
 def _prepare(args: Any, model: Any, picture: Path) -> None:
     # After the flags have been checked: these take seconds to import.
     from swiftmeg.data.encoded.inspection import draw_lengths, report
-    from swiftmeg.trainers.data import prepare_data, prepare_pairs
+    from swiftmeg.trainers.methods import METHODS
 
+    method = METHODS[args.rlhf_type or "sft"]
     packing, args.packing, args.lazy_tokenize = args.packing, False, False
     args.train_iters, args.max_epochs = 1, None
-    if args.rlhf_type is None:
-        data = prepare_data(args, model)
-        train, validation, sides = data.train, data.validation, data.train
-    else:
-        train, validation = prepare_pairs(args, model)
-        sides = train.sides
-    lengths, trained = sides.lengths(), sides.trained()
+    data = method.prepare_data(args, model)
+    sequences = method.sequences(data.train)
+    lengths, trained = sequences.lengths(), sequences.trained()
     if args.inspect:
-        _show(train, min(args.inspect_samples, len(train)), model.tokenizer())
+        _show(data.train, min(args.inspect_samples, len(data.train)), model.tokenizer())
     max_length = args.max_length or int(lengths.max())
     if packing and not args.max_length:
         max_length = int(model.megatron_args["max_position_embeddings"])
-    if args.rlhf_type:
-        print(f"pairs: {len(train):,}, of two rows each")
+    if sequences is not data.train:
+        print(f"pairs: {len(data.train):,}, of two rows each")
     for line in report(lengths, trained, max_length):
         print(line)
-    if validation is not None:
-        print(f"validation {'pairs' if args.rlhf_type else 'rows'}: {len(validation):,}")
+    if data.validation is not None:
+        kind = "rows" if sequences is data.train else "pairs"
+        print(f"validation {kind}: {len(data.validation):,}")
     if args.inspect:
         draw_lengths(lengths, picture)
         print(f"lengths are drawn in {picture}")

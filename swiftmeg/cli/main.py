@@ -26,6 +26,7 @@ COMMANDS: dict[str, dict[str, Command]] = {
     "megatron": {
         "sft": Command("swiftmeg.cli.sft:main", "supervised fine-tuning", distributed=True),
         "pt": Command("swiftmeg.cli.pt:main", "(continued) pre-training", distributed=True),
+        "rlhf": Command("swiftmeg.cli.rlhf:main", "training on preferences", distributed=True),
         "data": Command(
             "swiftmeg.cli.data:main", "prepare the data of a training command, and look at them"
         ),
@@ -42,10 +43,6 @@ COMMANDS: dict[str, dict[str, Command]] = {
         "infer": Command("swiftmeg.cli.infer:main", "chat with a model, or run it over a dataset"),
     },
 }
-
-
-PLANNED = {("megatron", "rlhf")}
-"""Commands of the original that are not there yet."""
 
 
 def megatron() -> None:
@@ -93,9 +90,6 @@ def _find(program: str, argv: list[str]) -> Command:
     name = argv[0]
     if name in commands:
         return commands[name]
-    if (program, name) in PLANNED:
-        there = " and ".join(f"{program} {each}" for each in commands if each in ("sft", "pt"))
-        raise UserError(f"{program} {name} is not supported yet: {there} are there")
     for other, theirs in COMMANDS.items():
         if name in theirs:
             raise UserError(f"{program} has no command {name!r}: did you mean {other} {name}?")

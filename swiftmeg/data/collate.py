@@ -44,8 +44,9 @@ class Collator:
     `sample_weight`, as much in every row that has a trained label, in equal shares of its labels.
     `loss_scale` (float32) is a factor on the loss of the label at its place alone, where rows have
     such factors. `samples` (int64) numbers the rows of the micro-batch from 1 and is 0 on padding.
-    `num_tokens` and `num_samples` (int64, no dimension) count the rows' tokens, padding left out,
-    and the rows.
+    `ref_logps` (float32 [rows]) are what rows have under that name: the log-probability of a row's
+    answer under a reference model. `num_tokens` and `num_samples` (int64, no dimension) count the
+    rows' tokens, padding left out, and the rows.
     """
 
     def __init__(
@@ -74,13 +75,15 @@ class Collator:
 
         Raises UserError if the rows are longer than `fixed_length`, ValueError for no rows.
         """
-        samples = list(_samples(rows))
+        flat = list(_flattened(rows))
+        samples = [(row["input_ids"], row["labels"], row.get("loss_scale")) for row in flat]
         if not samples:
             raise ValueError("a micro-batch needs at least one row")
         tokens = sum(len(ids) for ids, *_ in samples)
         batch = self._flat(samples) if self.padding_free else self._padded(samples)
         return batch | {
             "weights": self._weights(batch["labels"], batch["samples"]),
+            **_reference(flat),
             "num_tokens": torch.tensor(tokens),
             "num_samples": torch.tensor(len(samples)),
         }
@@ -156,15 +159,22 @@ class Collator:
         return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
-def _samples(rows: Iterable[Any]) -> Iterable[Sample]:
-    """Yield ids, labels and weights, not shifted, of rows, and of those in packs and in pairs."""
+def _flattened(rows: Iterable[Any]) -> Iterable[dict[str, Any]]:
+    """Yield rows, and those in packs and in pairs."""
     for row in rows:
         if isinstance(row, list):
-            yield from _samples(row)
+            yield from _flattened(row)
         elif "input_ids" not in row:
-            yield from _samples(row.values())
+            yield from _flattened(row.values())
         else:
-            yield row["input_ids"], row["labels"], row.get("loss_scale")
+            yield row
+
+
+def _reference(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A reference's log-probabilities where rows have them; rows that fill up have none."""
+    if not any("ref_logps" in row for row in rows):
+        return {}
+    return {"ref_logps": torch.tensor([float(row.get("ref_logps", 0.0)) for row in rows])}
 
 
 def _weights_like(labels: Array, samples: list[Sample]) -> dict[str, Array]:

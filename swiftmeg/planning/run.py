@@ -37,7 +37,7 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel, method: Method) 
     from swiftmeg.trainers.hooks import tuner_hooks
 
     upstream.apply()
-    megatron = make_namespace(args, model, sizes)
+    megatron = make_namespace(args, model, sizes, method.megatron_flags(args))
     stages = build_stages(megatron, model.hf_config, tuner_hooks(args))
     megatron.layer_backend = _backend(args)
     megatron.padded_batches = not (args.padding_free or args.packing)
@@ -54,14 +54,16 @@ def _sizes(args: Any, model: HFModel, data: TrainingData | None) -> Sizes:
     return Sizes(longest, args.train_iters)
 
 
-def make_namespace(args: Any, model: HFModel, sizes: Sizes) -> Any:
+def make_namespace(
+    args: Any, model: HFModel, sizes: Sizes, changes: dict[str, Any] | None = None
+) -> Any:
     """Megatron's namespace of the run; its layers are native ones, which need no GPU."""
     from swiftmeg.trainers.training_namespace import training_namespace
 
     os.environ.update(RANK="0", LOCAL_RANK="0")
     planned = copy.copy(args)
     planned.transformer_impl = "native"
-    return training_namespace(planned, model, sizes)
+    return training_namespace(planned, model, sizes, changes)
 
 
 def _backend(args: Any) -> str:

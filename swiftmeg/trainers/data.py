@@ -2,11 +2,13 @@
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg.args.rules import FP8_MULTIPLE
-from swiftmeg.data.collate import Collator, padding_token
-from swiftmeg.data.encoded.encode import encode_pairs, encode_rows
+from swiftmeg.data.collate import Collator, padding_token, untrained
+from swiftmeg.data.encoded.encode import encode_rows
 from swiftmeg.data.encoded.lazy import LazyDataset
 from swiftmeg.data.encoded.packing import PackedDataset
 from swiftmeg.data.encoded.tokens import PairDataset
@@ -23,9 +25,28 @@ from swiftmeg.trainers.training_data import TrainingData
 logger = logging.getLogger(__name__)
 
 
-def make_template(args: Any, tokenizer: Any, max_length: int, vocab_size: int) -> Template:
-    """The chat template that the template flags describe."""
-    return Template(tokenizer, **_template_options(args, max_length, vocab_size))
+@dataclass(frozen=True)
+class Encoding:
+    """How a method makes items of rows."""
+
+    template: Callable[..., Template | PairTemplate]
+    """Called with a tokenizer, the arguments and the options of `Template`."""
+    encode: Callable[..., Any]
+    """Makes a tokenised set: `encode_rows` or `encode_pairs`."""
+    filler: Callable[[Any], Any]
+    """Makes of an item one that weighs nothing."""
+    sample_weight: float | None = None
+    """What a sample weighs in the objective; None: its trained tokens."""
+    sides: int = 1
+    """Samples of an item."""
+
+
+def _plain_template(tokenizer: Any, args: Any, **options: Any) -> Template:
+    return Template(tokenizer, **options)
+
+
+ROWS = Encoding(_plain_template, encode_rows, untrained)
+"""Items are rows."""
 
 
 def _template_options(args: Any, max_length: int, vocab_size: int) -> dict[str, Any]:
@@ -41,19 +62,6 @@ def _template_options(args: Any, max_length: int, vocab_size: int) -> dict[str, 
     }
 
 
-def prepare_pairs(args: Any, model: HFModel) -> tuple[PairDataset, PairDataset | None]:
-    """Read and tokenise the preference pairs of --dataset and --val_dataset."""
-    max_length = args.max_length or int(model.megatron_args["max_position_embeddings"])
-    options = _template_options(args, max_length, int(model.megatron_args["vocab_size"]))
-    template = PairTemplate(model.tokenizer(), **options)
-    options = {"num_proc": args.dataset_num_proc, "strict": args.strict}
-    train, validation = (
-        None if rows is None else encode_pairs(rows, template, **options) for rows in _rows(args)
-    )
-    assert train is not None
-    return train, validation
-
-
 def length_multiple(args: Any) -> int:
     """What the layout wants the tokens of a micro-batch to be a multiple of."""
     cp = args.context_parallel_size
@@ -63,7 +71,7 @@ def length_multiple(args: Any) -> int:
     return math.lcm(multiple, 2 * cp) if cp > 1 else int(multiple)
 
 
-def prepare_data(args: Any, model: HFModel) -> TrainingData:
+def prepare_data(args: Any, model: HFModel, encoding: Encoding = ROWS) -> TrainingData:
     """Read and tokenise --dataset and --val_dataset; needs no process group.
 
     With --streaming, --dataset is only looked at.
@@ -71,12 +79,14 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
     tokenizer = model.tokenizer()
     max_length = args.max_length or int(model.megatron_args["max_position_embeddings"])
     vocab_size = int(model.megatron_args["vocab_size"])
-    template = make_template(args, tokenizer, max_length, vocab_size)
+    shared = _template_options(args, max_length, vocab_size)
+    template = encoding.template(tokenizer, args, **shared)
     collate = Collator(
         pad_token_id=padding_token(tokenizer, vocab_size),
         padding_free=args.padding_free or args.packing,
         pad_to_multiple_of=length_multiple(args),
         segment_multiple=2 * args.context_parallel_size if args.context_parallel_size > 1 else 1,
+        sample_weight=encoding.sample_weight,
     )
     train_rows, validation_rows = _rows(args)
     options = {"num_proc": args.dataset_num_proc, "strict": args.strict}
@@ -84,24 +94,48 @@ def prepare_data(args: Any, model: HFModel) -> TrainingData:
     def encode(rows: Any) -> Any:
         if args.lazy_tokenize:
             return LazyDataset(rows, template, **options)
-        encoded = encode_rows(rows, template, **options)
+        encoded = encoding.encode(rows, template, **options)
         return PackedDataset(encoded, max_length) if args.packing else encoded
 
     validation = encode(validation_rows) if validation_rows is not None else None
+    common = {"args": args, "collate": collate, "filler": encoding.filler}
     if args.streaming:
-        stream = open_stream(args, template)
-        collate.fixed_length = _fixed_length(args, max_length)
+        longest = _longest(None, args, max_length, encoding)
+        collate.fixed_length = _fixed_length(args, longest)
         return StreamedData(
-            *(stream, validation, collate, max_length, args.train_iters, args), template=template
+            train=open_stream(args, template),
+            validation=validation,
+            longest=longest,
+            train_iters=args.train_iters,
+            template=template,
+            pack_length=max_length if args.packing else None,
+            **common,
         )
     train = encode(train_rows)
     if len(train) == 0:
         raise UserError("--dataset: no row is left to train on")
-    longest = max_length
-    if not (args.packing or args.lazy_tokenize):
-        longest = int(train.lengths().max())
-    collate.fixed_length = _fixed_length(args, max_length, train, validation)
-    return TrainingData(train, validation, collate, longest, _train_iters(len(train), args), args)
+    sets = [rows for rows in (train, validation) if rows is not None]
+    longest, *rest = (_longest(rows, args, max_length, encoding) for rows in sets)
+    collate.fixed_length = _fixed_length(args, max(longest, *rest) if rest else longest)
+    return TrainingData(
+        train=train,
+        validation=validation,
+        longest=longest,
+        train_iters=_train_iters(len(train), args),
+        **common,
+    )
+
+
+def _longest(items: Any | None, args: Any, max_length: int, encoding: Encoding) -> int:
+    """The most tokens that an item brings to a micro-batch, or its longest row where that is padded
+    to the others; `items` None are those of a stream."""
+    together = args.padding_free or args.packing
+    if isinstance(items, PackedDataset):
+        return items.longest
+    if items is None or args.lazy_tokenize:
+        return max_length * (encoding.sides if together and not args.packing else 1)
+    rows = items.sides if isinstance(items, PairDataset) and not together else items
+    return int(rows.lengths().max())
 
 
 def row_options(args: Any) -> dict[str, Any]:
@@ -118,7 +152,7 @@ def row_options(args: Any) -> dict[str, Any]:
     }
 
 
-def open_stream(args: Any, template: Template) -> RowStream:
+def open_stream(args: Any, template: Template | PairTemplate) -> RowStream:
     """The stream of --dataset, of which some row can be used."""
     stream = RowStream(
         args.dataset,
@@ -158,14 +192,11 @@ def _rows(args: Any) -> tuple[Any, Any | None]:
     return train, validation
 
 
-def _fixed_length(args: Any, max_length: int, *sets: Any) -> int | None:
+def _fixed_length(args: Any, longest: int) -> int | None:
     """Tokens of every micro-batch where ranks with experts must bring as many, else None."""
     equal = args.moe_token_dispatcher_type == "allgather" or args.moe_pad_expert_input_to_capacity
     if not equal or args.expert_model_parallel_size == 1:
         return None
-    longest = max_length
-    if not (args.packing or args.lazy_tokenize or args.streaming):
-        longest = max(int(rows.lengths().max()) for rows in sets if rows is not None)
     multiple = length_multiple(args)
     samples = args.micro_batch_size if args.padding_free or args.packing else 1
     return int(samples * math.ceil(longest / multiple) * multiple)

@@ -14,40 +14,43 @@ from swiftmeg.models.router_losses import token_marks
 
 Batch = dict[str, Tensor]
 
+_ON_HOST = ("max_seqlen", "num_samples", "num_tokens")
 
-def forward(iterator: Iterator[Batch], model: Any) -> tuple[Batch, Tensor]:
-    """Run a model part on the next micro-batch of a Collator.
 
-    Returns the batch where the model is, as far as this context-parallel rank holds it, and the
-    output: on the last pipeline stage the cross entropy of every label, fp32 [b, s] (a negative
-    log-probability in nats, also where nothing is trained), elsewhere hidden states.
+def take_batch(iterator: Iterator[Batch]) -> Batch:
+    """The next micro-batch of a Collator, where the model is, as far as this rank holds it.
+
+    Tensors [b, s] are cut over context-parallel ranks. What the host needs stays there.
     """
-    batch = next(iterator)
-    longest = batch.pop("max_seqlen", None)  # wanted on the host
-    count = int(batch["num_samples"])
-    batch = to_device(batch)
+    batch = dict(next(iterator))
+    on_host = {name: batch.pop(name) for name in _ON_HOST if name in batch}
+    device = torch.cuda.current_device()
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     size = mpu.get_context_parallel_world_size()
     if size > 1:
         batch = cut_batch(batch, mpu.get_context_parallel_rank(), size)
+    return batch | on_host
+
+
+def run_model(model: Any, batch: Batch) -> Tensor:
+    """The output of a model part for a batch of `take_batch`.
+
+    On the last pipeline stage that is the cross entropy of every label, fp32 [b, s]: a negative
+    log-probability in nats, also where nothing is trained. Elsewhere hidden states.
+    """
     marks = None
     if get_model_config(model).num_moe_experts is not None:
-        marks = token_marks(batch["samples"], batch["weights"], count)
-    output = model(
+        marks = token_marks(batch["samples"], batch["weights"], int(batch["num_samples"]))
+    output: Tensor = model(
         batch["input_ids"],
         batch["position_ids"],
         None,
         labels=batch["labels"].clamp(min=0),
         loss_mask=batch["weights"],
-        packed_seq_params=packed_params(batch.get("cu_seqlens"), longest),
+        packed_seq_params=packed_params(batch.get("cu_seqlens"), batch.get("max_seqlen")),
         padding_mask=marks,
     )
-    return batch, output
-
-
-def to_device(batch: Batch) -> Batch:
-    """Move a batch to where the model is."""
-    device = torch.cuda.current_device()
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    return output
 
 
 def packed_params(cu_seqlens: Tensor | None, longest: Tensor | None) -> PackedSeqParams | None:

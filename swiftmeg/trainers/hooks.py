@@ -45,7 +45,7 @@ def model_hooks(run: Run, megatron: Any) -> list[Callable[[list[Any]], list[Any]
         hooks.append(from_peft)
     if megatron.num_experts is not None:
         hooks.append(partial(settle_routers, args=args, sources=run.sources))
-    return hooks + run.method.hooks(run, megatron)
+    return hooks
 
 
 def tuner_hooks(args: Any) -> list[Callable[[list[Any]], list[Any]]]:

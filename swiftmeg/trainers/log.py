@@ -1,6 +1,7 @@
 """What a run shows and keeps of its numbers: console lines and logging.jsonl."""
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from swiftmeg.observer import Observer, Step
 from swiftmeg.trainers.losses import step_losses
+
+_PERPLEXITY = re.compile(r" (?!lm loss)[\w/ ]+ PPL: \S+ \|")
+"""What Megatron prints as the perplexity of every number of an evaluation."""
 
 
 class TokenCounter:
@@ -116,6 +120,7 @@ class RunLog(Observer):
         self.last = time.monotonic()  # the time it took counts for no training step
 
     def line(self, text: str) -> str:
+        text = _PERPLEXITY.sub("", text)
         if " iteration " not in text or "consumed samples" not in text:
             return text
         own, self.suffix = self.suffix, ""

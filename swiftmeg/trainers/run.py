@@ -6,6 +6,7 @@ from typing import Any
 
 from swiftmeg import distributed, platform
 from swiftmeg.args.resolve import describe
+from swiftmeg.global_batch import on_global_batch
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.vocabulary import untrained_rows
 from swiftmeg.observer import Observer, observe
@@ -63,9 +64,11 @@ def _run_loop(run: Run, observers: list[Observer] | None) -> None:
 
     upstream.apply()
     args = run.args
-    megatron = training_namespace(args, run.model, run.data)
+    flags = run.method.megatron_flags(args)
+    megatron = training_namespace(args, run.model, run.data, flags)
     _compare_with_saved(run, megatron)
-    hooks = model_hooks(run, megatron)
+    training = run.method.training(run, megatron)
+    hooks = [*model_hooks(run, megatron), *training.hooks()]
     container = pretrain_cfg_container_from_args(
         megatron, model_config(megatron, run.model.hf_config, pre_wrap_hooks=hooks)
     )
@@ -75,13 +78,14 @@ def _run_loop(run: Run, observers: list[Observer] | None) -> None:
     if args.async_save:
         upstream.write_in_background()
     counter = TokenCounter()
-    watching = [*_observers(run, megatron, counter), *(observers or [])]
+    on_global_batch(training.whole_batch())
+    watching = [*_observers(run, megatron, counter), *training.observers(), *(observers or [])]
     observe(watching)
     pretrain(
         container,
         open_with_data(run, megatron, counter),
         ModelType.encoder_or_decoder,
-        run.method.forward_step(run),
+        training.forward_step,
     )
     distributed.barrier()
     for each in watching:
@@ -118,6 +122,5 @@ def _observers(run: Run, megatron: Any, counter: Any) -> list[Observer]:
         CheckpointFolder(run.folder, run.args.save_total_limit),
         RunLog(run.folder, megatron, counter),
         *([HFCheckpoints(run, megatron)] if run.args.save_safetensors else []),
-        *run.method.observers(run, megatron),
         Curves(run.folder, megatron),
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from swiftmeg.args.commands import PtArguments, SftArguments
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.data import prepare_data
-from swiftmeg.trainers.method import ForwardStep, Method, Run
+from swiftmeg.trainers.method import Method, Run, Training
 from swiftmeg.trainers.training_data import TrainingData
 
 
@@ -22,23 +22,28 @@ class Sft(Method):
     def prepare_data(self, args: Any, model: HFModel) -> TrainingData:
         return prepare_data(args, model)
 
-    def forward_step(self, run: Run) -> ForwardStep:
-        from swiftmeg.trainers.forward import Batch, forward
-
-        def forward_step(
-            iterator: Iterator[Batch], model: Any, *args: Any, **kwargs: Any
-        ) -> tuple[Tensor, Any]:
-            batch, output = forward(iterator, model)
-            factors = {"factors": batch["loss_scale"]} if "loss_scale" in batch else {}
-            return output, partial(loss_function, batch["weights"], **factors)
-
-        return forward_step
+    def training(self, run: Run, megatron: Any) -> Training:
+        return SftTraining()
 
 
 class Pt(Sft):
     """Sft with other defaults: every token of plain text is trained."""
 
     arguments = PtArguments
+
+
+class SftTraining(Training):
+    """Sums of cross entropies."""
+
+    def forward_step(
+        self, iterator: Iterator[dict[str, Tensor]], model: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        from swiftmeg.trainers.forward import run_model, take_batch  # behind Megatron's import
+
+        batch = take_batch(iterator)
+        output = run_model(model, batch)
+        factors = {"factors": batch["loss_scale"]} if "loss_scale" in batch else {}
+        return output, partial(loss_function, batch["weights"], **factors)
 
 
 def loss_function(

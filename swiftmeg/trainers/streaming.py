@@ -7,6 +7,7 @@ from typing import Any
 
 from swiftmeg import distributed
 from swiftmeg.data.stream.stream_loader import Rest, StreamLoader, StreamPosition, stream_key
+from swiftmeg.data.template.pairs import PairTemplate
 from swiftmeg.data.template.template import Template
 from swiftmeg.errors import UserError
 from swiftmeg.trainers.training_data import TrainingData
@@ -18,7 +19,9 @@ logger = logging.getLogger(__name__)
 class StreamedData(TrainingData):
     """`train` is a RowStream. Checkpoints keep its position, in Megatron's namespace."""
 
-    template: Template
+    template: Template | PairTemplate
+    pack_length: int | None
+    """Tokens of a pack, if rows are packed."""
     _saved: dict[str, Any] | None = None
     _loaders: list[StreamLoader] = field(default_factory=list)
     """One for each part of the model on this rank; all give the same."""
@@ -51,7 +54,7 @@ class StreamedData(TrainingData):
             self.template.encode,
             self.collate,
             strict=self.args.strict,
-            pack_length=self.longest if self.args.packing else None,
+            pack_length=self.pack_length,
             start=start,
             epochs=self.args.max_epochs,
             **shared,

@@ -9,7 +9,7 @@ from swiftmeg.data.loader import BatchLoader, EvalLoader, eval_iters
 from swiftmeg.observer import Observer, Step
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainingData:
     """Tokenised sets and how to batch them."""
 

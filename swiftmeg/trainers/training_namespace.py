@@ -38,8 +38,13 @@ class DataSizes(Protocol):
         """Batches per evaluation."""
 
 
-def training_namespace(args: Any, model: HFModel, data: DataSizes) -> argparse.Namespace:
-    """Combine flags, the model's arguments and what the data say; sets Megatron's globals."""
+def training_namespace(
+    args: Any, model: HFModel, data: DataSizes, changes: dict[str, Any] | None = None
+) -> argparse.Namespace:
+    """Combine flags, the model's arguments and what the data say; sets Megatron's globals.
+
+    `changes` are the training method's own arguments of Megatron.
+    """
     backend = choose_backend(args.transformer_impl)
     flags = model_flags(model.megatron_args)
     given = {k: v for k, v in megatron_flags(args).items() if v is not None}
@@ -75,6 +80,7 @@ def training_namespace(args: Any, model: HFModel, data: DataSizes) -> argparse.N
         "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
         "no_persist_layer_norm": backend == "native",
     }
+    flags |= changes or {}
     # Megatron's own name for it is an attribute that it works out.
     parts = flags.pop("virtual_pipeline_model_parallel_size", None)
     flags["num_virtual_stages_per_pipeline_rank"] = parts if (parts or 1) > 1 else None

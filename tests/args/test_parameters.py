@@ -705,7 +705,14 @@ def namespaces(groups: list[dict[str, Any]], attributes: list[str]) -> list[dict
         context = read_training(flags)
         args = context.args
         some: Any = list(range(12))
-        data = TrainingData(some, some if "eval_iters" in flags else None, None, 64, 20, args)  # type: ignore[arg-type]
+        data = TrainingData(
+            train=some,
+            validation=some if "eval_iters" in flags else None,
+            collate=None,  # type: ignore[arg-type]
+            longest=64,
+            train_iters=20,
+            args=args,
+        )
         megatron = training_namespace(args, context.model, data)
         made.append({name: plain(getattr(megatron, name)) for name in attributes})
         destroy_global_vars()

@@ -129,6 +129,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("zh", "en"):
         rows = [{"instruction": f"{name} {i}?", "input": "", "output": f"{i}."} for i in range(20)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [
+        {"query": f"{i}?", "response": f"{i}, yes.", "rejected_response": f"no, {i + 1}."}
+        for i in range(20)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     texts = [{"text": f"chapter {i} " + "and so on " * 150} for i in range(120)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return folder
@@ -181,13 +186,12 @@ def test_pre_training_on_a_stream(work: Path) -> None:
     assert not (run / "runs").exists()
 
 
-def test_preference_training_says_that_it_is_not_there(
-    work: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from swiftmeg.cli.main import run
-
-    program, *argv = shlex.split(DPO.format(model="Qwen2.5"))
-    assert run(program, argv) == 1
-    assert capfd.readouterr().err == (
-        "error: megatron rlhf is not supported yet: megatron sft and megatron pt are there\n"
-    )
+def test_preference_training(work: Path) -> None:
+    if not (work / "Qwen2.5-mcore").is_dir():
+        run_command(work, TO_MCORE)
+    run_command(work, DPO)
+    run = newest(work / "megatron_output" / "Qwen2.5")
+    first, *_ = map(json.loads, (run / "logging.jsonl").read_text().splitlines())
+    assert first["rewards/margins"] == pytest.approx(0, abs=0.05)  # the reference is the start
+    assert first["loss"] == pytest.approx(0.693 + first["nll_loss"], rel=0.01)
+    assert first["consumed_samples"] == 16

@@ -21,7 +21,7 @@ def token_losses(folder: str, batches: list[tuple[str, list[list[int]]]]) -> lis
     from swiftmeg.export.model import build_model
     from swiftmeg.models.build import dims_of
     from swiftmeg.models.hf import read_model
-    from swiftmeg.trainers.forward import forward
+    from swiftmeg.trainers.forward import run_model, take_batch
 
     model = read_model(folder)
     namespace, models = build_model(ExportArguments(torch_dtype="float32"), model)
@@ -33,7 +33,7 @@ def token_losses(folder: str, batches: list[tuple[str, list[list[int]]]]) -> lis
         samples: list[Any] = [{"input_ids": row, "labels": row} for row in rows]
         batch = collate([samples] if kind == "packed" else samples)
         with torch.no_grad():
-            _, losses = forward(iter([batch]), models[0])
+            losses = run_model(models[0], take_batch(iter([batch])))
         if kind == "padded":
             each = [row[: len(tokens)] for row, tokens in zip(losses, rows, strict=True)]
         else:

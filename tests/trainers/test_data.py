@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from swiftmeg.args.commands import PtArguments, SftArguments
+from swiftmeg.args.commands import PtArguments, RlhfArguments, SftArguments
 from swiftmeg.args.read import read_training_arguments
 from swiftmeg.cli.data import main as inspect
 from swiftmeg.errors import UserError
-from swiftmeg.trainers.data import prepare_data, prepare_pairs
+from swiftmeg.trainers.data import prepare_data
+from swiftmeg.trainers.pairs import prepare_pairs
 from tests.tiny import save_model
 
 USED = 260  # tokens of the tests' tokenizer
@@ -97,7 +98,7 @@ def test_in_validation_rows_and_pairs_and_by_megatron_data() -> None:
     args, model = read("--dataset", "good.jsonl", "--val_dataset", "rows.jsonl")
     with pytest.raises(UserError, match=r"rows\.jsonl:8: token '<tool>' has the id 260"):
         prepare_data(args, model)
-    args, model = read("--dataset", "rows.jsonl")
+    args, model = read("--dataset", "rows.jsonl", cls=RlhfArguments)
     with pytest.raises(UserError, match=r"rows\.jsonl:8: token '<tool>' has the id 260"):
         prepare_pairs(args, model)
     with pytest.raises(UserError, match=r"rows\.jsonl:8: token '<tool>' has the id 260"):

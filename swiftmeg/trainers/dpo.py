@@ -1,0 +1,40 @@
+"""Direct preference optimisation (DPO, arXiv:2305.18290): its flags, its data, its table entry."""
+
+from typing import Any
+
+from swiftmeg.args.commands import RlhfArguments
+from swiftmeg.data.encoded.packing import PackedDataset
+from swiftmeg.errors import UserError
+from swiftmeg.models.hf import HFModel
+from swiftmeg.trainers.method import Method, Run, Training
+from swiftmeg.trainers.pairs import prepare_pairs
+from swiftmeg.trainers.reference_model import reference_model
+from swiftmeg.trainers.training_data import TrainingData
+
+
+class Dpo(Method):
+    """The objective is the mean loss of the pairs of a global batch; see dpo_training.py."""
+
+    arguments = RlhfArguments
+
+    def prepare_data(self, args: Any, model: HFModel) -> TrainingData:
+        if model.config.get("mtp_num_layers"):
+            raise UserError(
+                f"--mtp_num_layers {model.config['mtp_num_layers']}: prediction modules learn from "
+                "single answers, not from pairs: set 0, which leaves them out"
+            )
+        if args.ref_model:
+            reference_model(args, model)
+        return prepare_pairs(args, model)
+
+    def sequences(self, data: Any) -> Any:
+        return (data.dataset if isinstance(data, PackedDataset) else data).sides
+
+    def megatron_flags(self, args: Any) -> dict[str, Any]:
+        # Sums are divided once, by the pairs of the global batch: a mean of means is none of pairs.
+        return {"calculate_per_token_loss": True}
+
+    def training(self, run: Run, megatron: Any) -> Training:
+        from swiftmeg.trainers.dpo_training import DpoTraining
+
+        return DpoTraining(run, megatron)
