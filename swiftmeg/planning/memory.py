@@ -53,7 +53,9 @@ def stage_memory(args: argparse.Namespace, stage: Stage, tokens: int, accumulati
     # The loss is computed and gone before the first layer's backward pass needs its own room.
     extra = max(loss, tokens * working + _largest_gradient(args, trained))
     return Memory(
-        weights=_weight_bytes(args) * sum(weight.size for weight in stage.weights),
+        weights=_weight_bytes(args)
+        * sum(weight.size for weight in stage.weights)
+        * (1 + getattr(args, "frozen_copies", 0)),
         gradients=_gradient_bytes(args) * sum(weight.size for weight in trained),
         optimizer=_optimizer_bytes(args, trained),
         activations=tokens * kept + extra - loss,

@@ -20,10 +20,10 @@ def report(
     yield "dry run: nothing is trained and nothing is written"
     yield f"model   {model.family.architecture}: {count_parameters(megatron, stages):,} parameters"
     yield f"layout  {_layout(megatron)}"
-    yield f"batch   {_batch(args, megatron)}"
+    yield f"batch   {_batch(args, megatron, sizes.sides)}"
     yield f"tokens  {_tokens(args, megatron, sizes)}"
     yield f"steps   {_steps(args, sizes)}"
-    tokens = tokens_per_rank(args, megatron)
+    tokens = tokens_per_rank(args, megatron, sizes.sides)
     rows = [
         (stage, stage_memory(megatron, stage, tokens, accumulation(args, megatron)))
         for stage in stages
@@ -43,9 +43,14 @@ def accumulation(args: Any, megatron: argparse.Namespace) -> int:
     return int(args.global_batch_size // (args.micro_batch_size * megatron.data_parallel_size))
 
 
-def tokens_per_rank(args: Any, megatron: argparse.Namespace) -> int:
-    """Tokens of the largest micro-batch that one context-parallel rank computes."""
+def tokens_per_rank(args: Any, megatron: argparse.Namespace, sides: int = 1) -> int:
+    """Tokens of the largest micro-batch that one context-parallel rank computes.
+
+    In padded batches each of an item's `sides` has the longest sample's length.
+    """
     tokens = args.micro_batch_size * megatron.seq_length
+    if not (args.padding_free or args.packing):
+        tokens *= sides
     return int(-(-tokens // megatron.context_parallel_size))
 
 
@@ -83,9 +88,10 @@ def _layout(megatron: argparse.Namespace) -> str:
     return f"{processes} = {text}"
 
 
-def _batch(args: Any, megatron: argparse.Namespace) -> str:
+def _batch(args: Any, megatron: argparse.Namespace, sides: int) -> str:
+    items = "samples" if sides == 1 else "pairs"
     return (
-        f"{args.global_batch_size} samples a step = micro-batches of {args.micro_batch_size} x "
+        f"{args.global_batch_size} {items} a step = micro-batches of {args.micro_batch_size} x "
         f"{megatron.data_parallel_size} data-parallel ranks x {accumulation(args, megatron)} "
         "accumulation steps"
     )

@@ -22,13 +22,15 @@ class Sizes:
     train_iters: int | None
     eval_iters: int = 0
     rows: int | None = None
-    """Samples, or packs, of the training set."""
+    """Items of the training set: samples, pairs or packs."""
+    sides: int = 1
+    """Samples of an item: 2 of a pair."""
 
 
 def dry_run(args: Any, sources: dict[str, str], model: HFModel, method: Method) -> None:
     """Print the plan of a training command; nothing is written and no other process is needed."""
     start = prepare(args, sources, model, method)
-    sizes = _sizes(args, model, start.data)
+    sizes = _sizes(args, model, start.data, method.sides)
     print(describe(args, sources), flush=True)
     platform.prepare()
     from swiftmeg import upstream
@@ -40,18 +42,19 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel, method: Method) 
     megatron = make_namespace(args, model, sizes, method.megatron_flags(args))
     stages = build_stages(megatron, model.hf_config, tuner_hooks(args))
     megatron.layer_backend = _backend(args)
+    megatron.frozen_copies = method.frozen_copies(args)
     megatron.padded_batches = not (args.padding_free or args.packing)
     for line in report(args, megatron, model, stages, sizes):
         print(line)
 
 
-def _sizes(args: Any, model: HFModel, data: TrainingData | None) -> Sizes:
+def _sizes(args: Any, model: HFModel, data: TrainingData | None, sides: int) -> Sizes:
     """From the data; without --dataset from --max_length, else from what the model can take."""
     if data is not None:
         rows = None if args.streaming else len(data.train)
-        return Sizes(data.longest, data.train_iters, data.eval_iters, rows)
+        return Sizes(data.longest, data.train_iters, data.eval_iters, rows, sides)
     longest = args.seq_length or args.max_length or model.config["max_position_embeddings"]
-    return Sizes(longest, args.train_iters)
+    return Sizes(longest, args.train_iters, sides=sides)
 
 
 def make_namespace(

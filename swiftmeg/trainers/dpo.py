@@ -7,7 +7,7 @@ from swiftmeg.data.encoded.packing import PackedDataset
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.method import Method, Run, Training
-from swiftmeg.trainers.pairs import prepare_pairs
+from swiftmeg.trainers.pairs import PAIRS, prepare_pairs
 from swiftmeg.trainers.reference_model import reference_model
 from swiftmeg.trainers.training_data import TrainingData
 
@@ -16,6 +16,7 @@ class Dpo(Method):
     """The objective is the mean loss of the pairs of a global batch; see dpo_training.py."""
 
     arguments = RlhfArguments
+    sides = PAIRS.sides
 
     def prepare_data(self, args: Any, model: HFModel) -> TrainingData:
         if model.config.get("mtp_num_layers"):
@@ -33,6 +34,11 @@ class Dpo(Method):
     def megatron_flags(self, args: Any) -> dict[str, Any]:
         # Sums are divided once, by the pairs of the global batch: a mean of means is none of pairs.
         return {"calculate_per_token_loss": True}
+
+    def frozen_copies(self, args: Any) -> int:
+        named = args.ref_load or args.ref_model or args.ref_adapters
+        without = args.reference_free or (args.is_lora and not named)
+        return 0 if without or args.precompute_ref_log_probs else 1
 
     def training(self, run: Run, megatron: Any) -> Training:
         from swiftmeg.trainers.dpo_training import DpoTraining

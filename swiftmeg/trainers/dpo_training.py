@@ -25,8 +25,8 @@ from swiftmeg.trainers.dpo_losses import (
     pair_metrics,
 )
 from swiftmeg.trainers.forward import Batch, run_model, take_batch
-from swiftmeg.trainers.frozen_model import FrozenModel
-from swiftmeg.trainers.live_reference import LiveReference, Start
+from swiftmeg.trainers.frozen_model import live_reference
+from swiftmeg.trainers.live_reference import LiveReference
 from swiftmeg.trainers.method import Hook, Run, Training
 from swiftmeg.trainers.sample_sums import sample_sums
 from swiftmeg.trainers.token_statistics import LogitsWatch, TokenStatistics
@@ -40,10 +40,7 @@ class DpoTraining(Training):
         self.watch = LogitsWatch(megatron.vocab_size)
         self.reference: LiveReference | None = None
         if not run.args.reference_free:
-            args = run.args
-            named = args.ref_load or args.ref_model or args.ref_adapters
-            own = args.is_lora and not named
-            self.reference = Start(run) if own else FrozenModel(run, megatron)
+            self.reference = live_reference(run, megatron)
 
     def hooks(self) -> list[Hook]:
         def attach(models: list[Any]) -> list[Any]:

@@ -10,10 +10,17 @@ from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.global_batch import Forward
 from swiftmeg.observer import Step
-from swiftmeg.trainers.live_reference import LiveReference
+from swiftmeg.trainers.live_reference import LiveReference, Start
 from swiftmeg.trainers.method import Hook, Run
 from swiftmeg.trainers.reference_model import reference_model
 from swiftmeg.trainers.sample_sums import answers_logps
+
+
+def live_reference(run: Run, megatron: Any) -> LiveReference:
+    """The trained model as its adapters found it, or a second one; see ReferenceArguments."""
+    args = run.args
+    named = args.ref_load or args.ref_model or args.ref_adapters
+    return Start(run) if args.is_lora and not named else FrozenModel(run, megatron)
 
 
 class FrozenModel(LiveReference):

@@ -42,6 +42,8 @@ class Method(ABC):
 
     arguments: ClassVar[type[SftArguments]]
     """The flags of its command."""
+    sides: ClassVar[int] = 1
+    """Samples of an item: 2 of a pair."""
 
     @abstractmethod
     def prepare_data(self, args: Any, model: HFModel) -> TrainingData:
@@ -54,6 +56,10 @@ class Method(ABC):
     def megatron_flags(self, args: Any) -> dict[str, Any]:
         """Arguments of Megatron that are not as the flags say."""
         return {}
+
+    def frozen_copies(self, args: Any) -> int:
+        """Models of the trained one's size that are in memory beside it, for the plan."""
+        return 0
 
     @abstractmethod
     def training(self, run: Run, megatron: Any) -> "Training":
