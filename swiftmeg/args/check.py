@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from swiftmeg.args.adapter_config import RESIDUAL_STARTS
 from swiftmeg.args.pipeline import check_interleaving, check_pipeline
 from swiftmeg.args.resolve import read_args_file, world_size
 from swiftmeg.args.rules import check_combinations, check_machine
@@ -182,8 +183,27 @@ def _check_lora(args: Any) -> None:
                 f"--{name} true changes how layers communicate, which their adapters do not "
                 "follow: drop it with --train_type lora"
             )
+    starts = ("true", "gaussian", *(RESIDUAL_STARTS if args.adapters or args.adapter_load else ()))
+    if args.init_lora_weights not in starts:
+        raise UserError(
+            f"--init_lora_weights {args.init_lora_weights}: new adapters begin as true or gaussian "
+            "say: for another start let PEFT make the adapter, save it and name it by --adapters"
+        )
+    if args.init_lora_weights in RESIDUAL_STARTS and args.load is not None:
+        raise UserError(
+            f"--load {args.load}: an adapter with init_lora_weights {args.init_lora_weights} needs "
+            "the Hugging Face weights that it was made from: name them by --model and drop --load"
+        )
     if args.lora_rank < 1:
         raise UserError(f"--lora_rank {args.lora_rank}: must be at least 1")
+    for name, pattern, right in (
+        ("rank_pattern", args.rank_pattern, _is_rank),
+        ("alpha_pattern", args.alpha_pattern, _is_number),
+    ):
+        for key, value in pattern.items():
+            check_regex(name, key)
+            if not right(value):
+                raise UserError(f"--{name}: {key} has {value!r}, not a number above 0")
     if not 0 <= args.lora_dropout < 1:
         raise UserError(f"--lora_dropout {args.lora_dropout}: must be from 0 to below 1")
     if args.lorap_lr_ratio is not None and not 0 < args.lorap_lr_ratio < math.inf:
@@ -192,6 +212,14 @@ def _check_lora(args: Any) -> None:
             "such as 16"
         )
     check_regex("target_regex", args.target_regex)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def check_regex(name: str, pattern: str | None) -> None:

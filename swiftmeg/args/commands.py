@@ -111,7 +111,8 @@ class ConversionArguments:
     """Replace a folder that is not empty: its weights, and what the result has too."""
     test_convert_precision: bool = False
     """Compare both models' logits on a chat sample, computed in fp32 from weights of --torch_dtype;
-    fail and write nothing where they differ by more than a thousandth of the largest logit."""
+    fail and write nothing where they differ by more than a thousandth of the largest logit. A model
+    with adapters beside it is compared with the merged one before its weights are rounded, too."""
     max_shard_size: str = "5GB"
     """Largest safetensors file."""
     tensor_model_parallel_size: int = 1

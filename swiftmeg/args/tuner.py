@@ -4,9 +4,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from swiftmeg.args.adapter_config import read_raw
 from swiftmeg.args.resolve import read_args_file
 from swiftmeg.errors import UserError
-from swiftmeg.json_files import read_object
 
 
 @dataclass
@@ -66,14 +66,26 @@ class LoraArguments:
     word_embeddings and output_layer, or all-embedding."""
     lora_rank: int = 8
     """Rank of the adapters."""
+    init_lora_weights: str = "true"
+    """How adapters began: true (A uniform, B zero) or gaussian (A normal); from a PEFT folder also
+    pissa and olora, whose base weights are --model's without the adapter's start."""
     lora_alpha: int = 32
     """Adapters are scaled by this, divided by the rank."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of modules that have another than --lora_rank, as JSON: PEFT's rank_pattern, with
+    expressions for the ends of Megatron's names: `{"linear_proj": 16, "layers.0.*linear_fc2": 4}`.
+    The first that fits counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """What modules have in place of --lora_alpha, in the form of --rank_pattern."""
     lora_dropout: float = 0.05
     """Dropout of the adapters' input."""
     lora_bias: Literal["none", "all"] = "none"
     """all trains every bias of the model, too."""
     use_rslora: bool = False
     """Divide the scale by the rank's square root instead of the rank (arXiv:2312.03732)."""
+    use_dora: bool = False
+    """Train the lengths of the rows of weight and adapter apart from their directions (DoRA,
+    arXiv:2402.09353). Not for layers of a model's experts, which PEFT's DoRA does not reach."""
     lorap_lr_ratio: float | None = None
     """Learning rate of B, and of trained vectors such as biases, as a multiple of A's (LoRA+,
     arXiv:2402.12354). As in PEFT, an adapter of the embedding then trains at 1e-6."""
@@ -129,21 +141,14 @@ def recorded(
     return [("the adapter's args.json", layer)]
 
 
-PEFT_CONFIG = "adapter_config.json"
-
-
 def named_by_peft(folder: str) -> dict[str, Any]:
     """What a PEFT folder says of its model: the model itself and, in our own, how it is asked.
 
     UserError if the folder is none.
     """
-    path = Path(folder).expanduser() / PEFT_CONFIG
-    if not path.is_file():
-        raise UserError(
-            f"--adapters {folder}: there is no {PEFT_CONFIG} in it: name a folder that PEFT wrote"
-        )
-    config = read_object(path)
-    saved = read_args_file(path.parent)
+    path = Path(folder).expanduser()
+    config = read_raw(path)
+    saved = read_args_file(path)
     names = ("template", "system", "use_chat_template")
     asked = {name: saved[name] for name in names if name in saved}
     return {"model": config.get("base_model_name_or_path")} | asked

@@ -68,18 +68,9 @@ class PlannedModelArguments(PlannedFlags):
 
 
 @dataclass
-class PlannedTunerArguments(PlannedFlags):
-    """Variants of LoRA"""
-
-    use_dora: bool = False
-    """Train the norms of the changed weights, too (arXiv:2402.09353)."""
-
-
-@dataclass
 class PlannedArguments(
     PlannedDataArguments,
     PlannedModelArguments,
-    PlannedTunerArguments,
 ):
     """Every planned flag of the training commands."""
 
@@ -104,7 +95,6 @@ REASONS = {
     "response_prefix": "it is a flag of swift infer: drop it",
     "model_type": "the family is found by config.json's `architectures`: drop it",
     "task_type": "only causal_lm is supported yet",
-    "use_dora": "DoRA is not supported: drop it",
     "num_labels": "classifiers are not supported yet",
     "problem_type": "classifiers are not supported yet",
     "attn_impl": "it is a flag of swift infer; in training --attention_backend chooses kernels",

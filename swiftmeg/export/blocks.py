@@ -50,9 +50,10 @@ class StoredPart:
         return [self.narrow(0, number * length, length) for number in range(count)]
 
     def then(self, change: Callable[[torch.Tensor, Block], torch.Tensor]) -> "StoredPart":
-        """A part whose values are what `change` makes of those of each block, and its place."""
+        """A part whose values are what `change` makes of each block, whose place in it is given."""
         return StoredPart(
-            lambda block: change(self._read_block(block), block), self._whole, self._block
+            lambda block: change(self._read_block(block), within(block, self._block)),
+            *(self._whole, self._block),
         )
 
     def read(self) -> torch.Tensor:

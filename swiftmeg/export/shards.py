@@ -18,7 +18,7 @@ _FUSED_NORMS = {
 }
 """Where TransformerEngine keeps a norm inside a linear layer -> the norm's own name."""
 
-ADAPTER_FACTORS = ("lora_A", "lora_B")
+ADAPTER_FACTORS = ("lora_A", "lora_B", "lora_magnitude_vector")
 """What PEFT calls the parameters that it puts beside a layer, which is then a `base_layer`."""
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.linear_fc[12]\.(?:weight|bias))(\d+)")

@@ -1,7 +1,6 @@
 """A loaded model that answers conversations."""
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from swiftmeg.data.standard_row import RowTooLong
 from swiftmeg.data.template.template import IGNORE, Template
 from swiftmeg.data.turns import Message
 from swiftmeg.errors import UserError
+from swiftmeg.inference.adapter import tokenizer_folder, with_adapter
 from swiftmeg.models.hf import needs_trust, trust_message
 
 
@@ -34,7 +34,7 @@ class Engine:
     def __init__(self, args: InferArguments, folder: Path) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        self.tokenizer = _load_tokenizer(args, folder)
+        self.tokenizer = _load_tokenizer(args, tokenizer_folder(args.adapters, folder))
         prefix = args.response_prefix
         self.prefix = prefix.replace("\\n", "\n") if prefix else ""
         self.template = Template(
@@ -46,7 +46,7 @@ class Engine:
         )
         self.model = _load_model(args, folder)
         if args.adapters:
-            self.model = _with_adapter(self.model, Path(args.adapters[0]).expanduser())
+            self.model = with_adapter(self.model, Path(args.adapters[0]).expanduser())
         self.stop_words = [word.replace("\\n", "\n") for word in args.stop_words]
         self._config = _generation_config(
             args, self.model.generation_config, self._stop_ids(), self.tokenizer.pad_token_id
@@ -214,17 +214,6 @@ def _load_model(args: InferArguments, folder: Path) -> Any:
         names = ", ".join(sorted(loading["missing_keys"])[:5])
         raise UserError(f"--model {folder}: weights are missing: {names}")
     return model if args.device_map else model.to(platform.device())
-
-
-def _with_adapter(model: Any, folder: Path) -> Any:
-    """The model with a PEFT folder beside it."""
-    from peft import PeftModel
-
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT's own
-            return PeftModel.from_pretrained(model, folder)
-    except Exception as error:  # as above
-        raise UserError(f"--adapters {folder}: cannot be loaded ({_line(error)})") from None
 
 
 def _generation_config(

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,12 @@ from megatron.core.utils import unwrap_model
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from swiftmeg import distributed
+from swiftmeg.args.adapter_config import fits
 from swiftmeg.args.tuner import LoraArguments
 from swiftmeg.errors import UserError
 from swiftmeg.export.shards import global_name
+from swiftmeg.tuners.embedding import EmbeddingAdapter
 from swiftmeg.tuners.experts import (
     ColumnExpertAdapter,
     ExpertAdapter,
@@ -23,12 +27,11 @@ from swiftmeg.tuners.experts import (
     RowExpertAdapter,
     share_random_state,
 )
+from swiftmeg.tuners.factors import Factor
 from swiftmeg.tuners.freezing import everywhere, let_gradients_pass
 from swiftmeg.tuners.layers import (
     Adapter,
     ColumnAdapter,
-    EmbeddingAdapter,
-    Factor,
     RowAdapter,
     WholeAdapter,
 )
@@ -66,6 +69,33 @@ def _refuse_biased_experts(models: list[Any]) -> None:
         )
 
 
+def _refuse_experts_lengths(models: list[Any]) -> None:
+    """UserError, on every rank, for DoRA beside a layer of the MLPs of a model with experts.
+
+    transformers holds experts, and PEFT all layers of their names, as parameters: no DoRA there.
+    """
+    found = any(
+        chunk.config.num_moe_experts is not None and ".mlp." in each.name
+        for chunk in unwrap_model(models)
+        for each in attached([chunk])
+    )
+    (nowhere,) = everywhere([not found])
+    if not nowhere:
+        raise UserError(
+            "--use_dora true reaches no MLP or router of a model with experts, where PEFT has no "
+            "DoRA: pass --target_modules with the layers of the attention, such as linear_qkv "
+            "linear_proj"
+        )
+
+
+def _say_no_biases(models: list[Any]) -> None:
+    """Say so where --lora_bias all finds nothing to train; collective."""
+    names = (name for chunk in models for name, _ in chunk.named_parameters())
+    (nowhere,) = everywhere([not any(name.endswith(".bias") for name in names)])
+    if nowhere and distributed.on_rank_zero():
+        print("--lora_bias all: the model has no biases, so none is trained", flush=True)
+
+
 def attached(models: list[Any]) -> Iterator[Attached]:
     """Every adapter on this rank, in the order of the layers."""
     for chunk in unwrap_model(models):
@@ -85,7 +115,7 @@ def attach(models: list[Any], args: LoraArguments, seed: int) -> list[Any]:
         gated = chunk.config.gated_linear_unit
         chunk.requires_grad_(False)
         if targets:
-            inject_adapter_in_model(_peft_config(args, targets), chunk)
+            inject_adapter_in_model(_peft_config(args, chunk, targets), chunk)
         elif args.lora_bias == "all":
             for name, parameter in chunk.named_parameters():
                 parameter.requires_grad_(name.endswith(".bias"))
@@ -94,11 +124,15 @@ def attach(models: list[Any], args: LoraArguments, seed: int) -> list[Any]:
                 module.gated = gated and name.endswith("linear_fc1")
             elif isinstance(module, TopKRouter):
                 module.frozen_expert_bias = True  # a buffer of the model, which stays as it is
+    if args.lora_bias == "all":
+        _say_no_biases(models)
     for parameter in saved:
         parameter.requires_grad_(True)
     _refuse_biased_experts(models)
+    if args.use_dora:
+        _refuse_experts_lengths(models)
     for each in attached(models):
-        initialise(each, seed)
+        initialise(each, seed, args.init_lora_weights == "gaussian")
     share_random_state([each.adapter for each in attached(models)], seed)
     (nothing,) = everywhere([not any(p.requires_grad for m in models for p in m.parameters())])
     if nothing:
@@ -109,17 +143,30 @@ def attach(models: list[Any], args: LoraArguments, seed: int) -> list[Any]:
     return models
 
 
-def _peft_config(args: LoraArguments, targets: list[str]) -> LoraConfig:
+def _peft_config(args: LoraArguments, chunk: Any, targets: list[str]) -> LoraConfig:
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
+        rank_pattern=_chosen(args.rank_pattern, chunk, targets),
+        alpha_pattern=_chosen(args.alpha_pattern, chunk, targets),
         lora_dropout=args.lora_dropout,
         bias=args.lora_bias,
         use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
         target_modules=targets,
     )
     config._register_custom_module({torch.nn.Module: adapter_beside})
     return config
+
+
+def _chosen(pattern: dict[str, Any], chunk: Any, targets: list[str]) -> dict[str, Any]:
+    """What a pattern says of this chunk's modules, by their names here."""
+    chosen = {}
+    for target in targets:
+        values = (value for key, value in pattern.items() if fits(key, global_name(chunk, target)))
+        if (value := next(values, None)) is not None:
+            chosen[re.escape(target)] = value
+    return chosen
 
 
 def adapter_beside(target: Any, adapter_name: str, config: LoraConfig, **options: Any) -> Adapter:
@@ -140,11 +187,11 @@ def adapter_beside(target: Any, adapter_name: str, config: LoraConfig, **options
 
 
 @torch.no_grad()
-def initialise(each: Attached, seed: int) -> None:
-    """Fill the factors as PEFT does: A uniform within 1 / sqrt(inputs) and B zero.
+def initialise(each: Attached, seed: int, gaussian: bool = False) -> None:
+    """Fill the factors as PEFT does: A uniform within 1 / sqrt(inputs) or normal, and B zero.
 
     For an embedding, whose A is a table, it is A that is zero and B that is normal. Values are
-    drawn for the whole factor, then cut.
+    drawn for the whole factor, then cut. DoRA's lengths begin as those of the weight.
     """
     table = isinstance(each.adapter, EmbeddingAdapter)
     factor = each.adapter.B if table else each.adapter.A
@@ -159,10 +206,14 @@ def initialise(each: Attached, seed: int) -> None:
         values = torch.empty(whole)
         if table:
             values.normal_(generator=generator)
+        elif gaussian:
+            values.normal_(std=1 / whole[-2], generator=generator)
         else:
             bound = 1 / math.sqrt(whole[-1])
             values.uniform_(-bound, bound, generator=generator)
         shard.copy_(cut(values, factor, each.adapter))
+    if each.adapter.magnitude is not None:
+        each.adapter.magnitude.weight.copy_(each.adapter.norms())
 
 
 def numbered(factor: Factor, adapter: Adapter) -> Iterator[tuple[int | None, Tensor]]:

@@ -1,17 +1,23 @@
 """swift export with adapters: merged into a model's weights, or written as a PEFT folder."""
 
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from swiftmeg import distributed, platform
+from swiftmeg.args.adapter_config import RESIDUAL_STARTS
 from swiftmeg.args.check import check_layout
 from swiftmeg.args.resolve import ARGS_FILE, describe, read_args_file, write_args_file
-from swiftmeg.args.tuner import ADAPTER, STARTS
+from swiftmeg.args.tuner import ADAPTER, STARTS, LoraArguments
 from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.errors import UserError
 from swiftmeg.export.convert import check_target, parse_size, unfinished_folder
 from swiftmeg.models.hf import HFModel
+from swiftmeg.tuners.peft_reader import read_adapters
+from swiftmeg.tuners.tables import settle_tables, tokenizer_files
 
 
 def check_adapters(args: Any) -> tuple[Path, Path]:
@@ -53,12 +59,16 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if args.torch_dtype is None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
     args.model, args.output_dir = model.named, str(target)
+    base = model
+    if args.adapters:
+        peft = read_adapters(adapters, model)
+        model = settle_tables(*peft, model)
+        _check_tables(args, model, base)
     platform.prepare()
-    import torch
 
     from swiftmeg.export.hf_writer import save_hf
     from swiftmeg.export.model import build_model, save_mcore
-    from swiftmeg.export.precision import RELATIVE_BOUND, hf_logits, judge, mcore_logits
+    from swiftmeg.export.precision import compare_logits
     from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.peft_folder import save_peft
 
@@ -77,8 +87,10 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
             print(f"written to {target}", flush=True)
         distributed.shut_down()
         return
-    merge = _merge_trained if args.mcore_adapters else _merge_folder
-    weights, logits, ids = merge(models, adapters, args, model, megatron)
+    if args.mcore_adapters:
+        weights = _merge_trained(models, adapters, args, model, megatron)
+    else:
+        weights = _merge_folder(models, peft, args, model, megatron)
     with unfinished_folder(target) as unfinished:
         if args.to_hf:
             save_hf(
@@ -93,21 +105,30 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
                 overrides=model.overrides,
                 weights=weights,
             )
-        if args.test_convert_precision:
-            live = mcore_logits(models, ids, dims.vocab_size) if args.to_mcore else None
-            judge(
-                logits,
-                lambda: hf_logits(unfinished, ids) if live is None else live,
-                "the merged model and the model with its adapters beside",
-                # A sum is rounded to the dtype of the weights; the adapter alone was not.
-                RELATIVE_BOUND + 10 * torch.finfo(megatron.params_dtype).eps,
-            )
+            if first:
+                for path in tokenizer_files(adapters):
+                    shutil.copyfile(path, unfinished / path.name)
+        if args.test_convert_precision and args.to_hf:
+            plan = model.family.plan(model.config)
+            compare_logits(models, unfinished, model.tokenizer(), dims.vocab_size, plan)
         if args.to_mcore:
             save_mcore(models, unfinished, weights)
         if first:
             _write_args(unfinished, adapters, args, sources)
     distributed.barrier()
     distributed.shut_down()
+
+
+def _check_tables(args: Any, model: HFModel, base: HFModel) -> None:
+    """UserError where the adapter changes what a Megatron checkpoint's --model is to say."""
+    changes = {key: model.config[key] for key in ("vocab_size", "tie_word_embeddings")}
+    changes = {key: value for key, value in changes.items() if value != base.config[key]}
+    if changes and args.to_mcore:
+        said = ", ".join(f"{key} {value}" for key, value in changes.items())
+        raise UserError(
+            f"--adapters {args.adapters[0]} --to_mcore true: the merged model has {said}, unlike "
+            f"--model {args.model}: merge it with --to_hf true first, then convert the result"
+        )
 
 
 def check_base(folder: Path, args: Any, model: HFModel, megatron: Any) -> None:
@@ -122,82 +143,127 @@ def check_base(folder: Path, args: Any, model: HFModel, megatron: Any) -> None:
 
 def attach_trained(models: list[Any], folder: Path, args: Any) -> None:
     """Put the adapters of a LoRA checkpoint beside the weights, which need no values yet."""
+    from swiftmeg.export.model import load_weights
+
+    _attach(models, folder, args)
+    load_weights(models, folder)
+
+
+def _attach(models: list[Any], folder: Path, args: Any) -> None:
     from megatron.core.utils import unwrap_model
 
-    from swiftmeg.export.model import load_weights
     from swiftmeg.tuners.adapters import attach
 
     trained: Any = SimpleNamespace(**_training_args(folder, args))
     attach(unwrap_model(models), trained, seed=0)
-    load_weights(models, folder)
 
 
 def _training_args(folder: Path, args: Any) -> dict[str, Any]:
     """The args.json of a LoRA checkpoint, with the base that this command uses."""
-    saved = read_args_file(folder)
+    saved = asdict(LoraArguments()) | read_args_file(folder)
     return saved | {"load": args.mcore_model, "model": args.model}
 
 
 def _merge_trained(
     models: list[Any], folder: Path, args: Any, model: HFModel, megatron: Any
-) -> tuple[Any, Any, Any]:
+) -> Any:
     """The weights with the adapters of a LoRA checkpoint added.
 
-    With --test_convert_precision also logits with adapters beside the weights, and their ids.
+    With --test_convert_precision they are in `models`, and were compared with the adapters.
     """
-    import torch
     from megatron.core.utils import unwrap_model
 
     from swiftmeg.export.hf_files import HFWeights
     from swiftmeg.export.hf_reader import HFSupply
-    from swiftmeg.export.lazy_weights import OnDemand, Supply, Whole, fill_all
+    from swiftmeg.export.lazy_weights import OnDemand, Supply, fill_all
     from swiftmeg.export.mcore_reader import CheckpointSupply
-    from swiftmeg.export.precision import mcore_logits, sample_ids
+    from swiftmeg.export.model import load_weights
+    from swiftmeg.export.precision import mcore_logits
     from swiftmeg.models.build import dims_of
     from swiftmeg.tuners.merge import Merging, merge
+    from swiftmeg.tuners.residual import ResidualWeights
 
     check_base(folder, args, model, megatron)
     dims = dims_of(megatron)
-    base: Supply
-    if args.mcore_model is None:
-        hf_weights = HFWeights(model.folder, model.config)
-        base = HFSupply(hf_weights, model.family, model.config, dims)
-    else:
+    start = _training_args(folder, args)["init_lora_weights"]
+    residual = start in RESIDUAL_STARTS
+    base: Supply | None = None
+    if args.mcore_model is not None:
+        if residual:
+            raise UserError(
+                f"--mcore_model {args.mcore_model}: an adapter with init_lora_weights {start} "
+                "needs the Hugging Face weights that it was made from: name them by --model"
+            )
         base = CheckpointSupply(models, Path(args.mcore_model))
+    _attach(models, folder, args)
+    if base is None:
+        plain = HFWeights(model.folder, model.config)
+        weights = ResidualWeights(model, models, start) if residual else plain
+        base = HFSupply(weights, model.family, model.config, dims)
     if not args.test_convert_precision:
-        attach_trained(models, folder, args)
-        return OnDemand(models, Merging(unwrap_model(models), base)), None, None
+        load_weights(models, folder)
+        return OnDemand(models, Merging(unwrap_model(models), base))
     fill_all(models, base)
-    attach_trained(models, folder, args)
-    ids = sample_ids(model.tokenizer()).to(torch.cuda.current_device())
-    logits = mcore_logits(models, ids, dims.vocab_size)
-    _say(merge(unwrap_model(models)))
-    return Whole(), logits, ids
+    load_weights(models, folder)
+    ids = _sample(model)
+    beside = mcore_logits(models, ids, dims.vocab_size)
+
+    def add() -> None:
+        _say(merge(unwrap_model(models)))
+
+    return _compared(models, ids, dims.vocab_size, add, lambda: beside)
 
 
-def _merge_folder(
-    models: list[Any], folder: Path, args: Any, model: HFModel, megatron: Any
-) -> tuple[Any, Any, Any]:
-    """The HF weights with a PEFT folder added; with the test also PEFT's own logits, and ids."""
+def _merge_folder(models: list[Any], peft: Any, args: Any, model: HFModel, megatron: Any) -> Any:
+    """The HF weights with a PEFT folder added.
+
+    With --test_convert_precision they are in `models`, and were compared with PEFT's model.
+    """
+    from swiftmeg.export.lazy_weights import OnDemand, fill_all
+    from swiftmeg.models.build import dims_of
+    from swiftmeg.tuners.merged_weights import MergedSupply, MergedWeights
+    from swiftmeg.tuners.peft_folder import peft_logits
+
+    config, adapters = peft
+    dims = dims_of(megatron)
+    supply = MergedSupply(MergedWeights(model, config, adapters), adapters, model, dims)
+    if not args.test_convert_precision:
+        return OnDemand(models, supply)
+    ids = _sample(model)
+    return _compared(
+        *(models, ids, dims.vocab_size),
+        lambda: fill_all(models, supply),
+        lambda: peft_logits(model.folder, config.folder, ids, dims.vocab_size),
+    )
+
+
+def _sample(model: HFModel) -> Any:
     import torch
 
-    from swiftmeg.export.hf_reader import HFSupply
-    from swiftmeg.export.lazy_weights import OnDemand, Whole, fill_all
     from swiftmeg.export.precision import sample_ids
-    from swiftmeg.models.build import dims_of
-    from swiftmeg.tuners.merge import MergedWeights
-    from swiftmeg.tuners.peft_folder import peft_logits
-    from swiftmeg.tuners.peft_format import read_folder
 
-    merged = MergedWeights(model, *read_folder(folder))
-    _say(merged.report())
-    supply = HFSupply(merged, model.family, model.config, dims_of(megatron))
-    if not args.test_convert_precision:
-        return OnDemand(models, supply), None, None
-    ids = sample_ids(model.tokenizer()).to(torch.cuda.current_device())
-    logits = peft_logits(model.folder, folder, ids)
-    fill_all(models, supply)
-    return Whole(), logits, ids
+    return sample_ids(model.tokenizer()).to(torch.cuda.current_device())
+
+
+def _compared(
+    models: list[Any],
+    ids: Any,
+    vocab_size: int,
+    merge: Callable[[], None],
+    reference: Callable[[], Any],
+) -> Any:
+    """`models` merged in fp32 by `merge`, compared with the adapters, then rounded; collective."""
+    from megatron.core.utils import unwrap_model
+
+    from swiftmeg.export.lazy_weights import Whole
+    from swiftmeg.export.precision import judge, mcore_logits
+
+    for chunk in unwrap_model(models):
+        chunk.float()
+    merge()
+    merged = mcore_logits(models, ids, vocab_size)  # which rounds the weights to their dtype
+    judge(merged, reference, "the merged model and the model with its adapters beside")
+    return Whole()
 
 
 def _say(line: str) -> None:

@@ -18,7 +18,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from swiftmeg.models.native.experts import grouped_product
-from swiftmeg.tuners.layers import NAME, Adapter, Factor, WholeAdapter
+from swiftmeg.tuners.factors import Factor
+from swiftmeg.tuners.layers import NAME, Adapter, WholeAdapter
 
 SAME_TOKENS = "lora-same-tokens"
 """The random state that ranks share who see the same tokens of the same experts."""
@@ -50,7 +51,7 @@ class ExpertAdapter(Adapter):
 
     def change(self, x: Tensor, *args: Any) -> Tensor:
         (rows,) = args
-        hidden = self.product(self.drop(x), self.A, rows) * self.scale
+        hidden = self.product(x, self.A, rows) * self.scale
         return self.product(hidden, self.B, rows)
 
     def drop(self, x: Tensor) -> Tensor:

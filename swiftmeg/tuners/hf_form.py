@@ -18,8 +18,9 @@ from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.models.family import Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
 from swiftmeg.tuners.adapters import Attached, attached, numbered
-from swiftmeg.tuners.layers import EmbeddingAdapter, Factor
-from swiftmeg.tuners.peft_format import HFAdapters
+from swiftmeg.tuners.embedding import EmbeddingAdapter
+from swiftmeg.tuners.factors import Factor
+from swiftmeg.tuners.peft_format import Factors, HFAdapters
 
 
 @torch.no_grad()
@@ -30,9 +31,9 @@ def to_hf_form(
     plan = {each.mcore: each for each in family.plan(config)}
     mine = HFAdapters()
     for each in attached(models):
-        for row, a, b in _matrices(each, plan):
+        for row, a, b, magnitude in _matrices(each, plan):
             if _speaks(each.adapter.A.weight.dim() == 3):
-                mine.factors |= _split(each, row, a, b, dims)
+                mine.factors |= _split(each, row, (a, b, magnitude), dims)
     for live in _trained(models):
         if live.name not in plan:
             continue
@@ -40,17 +41,27 @@ def to_hf_form(
         whole = row.layout.unshard(_gather(live.tensor, live.axis, live.group), live.axis)
         if _speaks(live.routed):
             mine.trained |= zip(row.hf, row.layout.split(whole, dims), strict=True)
-    parts: list[HFAdapters] | None = None
-    if torch.distributed.get_rank() == 0:
-        parts = [HFAdapters()] * torch.distributed.get_world_size()
-    torch.distributed.gather_object(mine, parts, dst=0)
-    if parts is None:
-        return None
-    whole_model = HFAdapters()
-    for part in parts:
-        whole_model.factors |= part.factors
-        whole_model.trained |= part.trained
-    return whole_model
+    return _collect(mine)
+
+
+def _collect(mine: HFAdapters) -> HFAdapters | None:
+    """What all ranks hand on, on the first one, from one rank after the other; collective.
+
+    A tensor that travels takes all of its memory along, and live ones are views of Megatron's
+    buffers and of all experts' factors: so they are copied before.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    gives: list[bool] = [False] * world
+    torch.distributed.all_gather_object(gives, bool(mine.changed))
+    for giver in [giver for giver in range(1, world) if gives[giver]]:
+        if rank == giver:
+            torch.distributed.send_object_list([mine.copied()], dst=0)
+        elif rank == 0:
+            received: list[HFAdapters] = [HFAdapters()]
+            torch.distributed.recv_object_list(received, src=giver)
+            mine.factors |= received[0].factors
+            mine.trained |= received[0].trained
+    return mine if rank == 0 else None
 
 
 def _trained(models: list[Any]) -> Iterator[LiveWeight]:
@@ -72,14 +83,22 @@ def _speaks(routed: bool) -> bool:
     return first_copy and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def _matrices(each: Attached, plan: dict[str, Row]) -> Iterator[tuple[Row, Tensor, Tensor]]:
+def _matrices(
+    each: Attached, plan: dict[str, Row]
+) -> Iterator[tuple[Row, Tensor, Tensor, Tensor | None]]:
     """The weights beside an adapter on this rank, with their whole factors in Megatron's order."""
     adapter = each.adapter
     pairs = zip(numbered(adapter.A, adapter), numbered(adapter.B, adapter), strict=True)
     for (number, a), (_, b) in pairs:
         row = plan[f"{each.name}.weight{'' if number is None else number}"]
         a, b = _whole(each, row, adapter.A, a), _whole(each, row, adapter.B, b)
-        yield row, a, b
+        magnitude = None
+        if adapter.magnitude is not None:
+            shards = _gather(
+                adapter.magnitude.weight[:, None], adapter.magnitude.axis, adapter.group
+            )
+            magnitude = row.layout.unshard(shards, adapter.magnitude.axis)[:, 0]
+        yield row, a, b, magnitude
 
 
 def _whole(each: Attached, row: Row, factor: Factor, shard: Tensor) -> Tensor:
@@ -91,12 +110,20 @@ def _whole(each: Attached, row: Row, factor: Factor, shard: Tensor) -> Tensor:
     return row.layout.unshard(shards, 0) if axis == 0 else torch.cat(shards, dim=1)
 
 
-def _split(each: Attached, row: Row, a: Tensor, b: Tensor, dims: Dims) -> dict[str, Any]:
+def _split(
+    each: Attached, row: Row, whole: tuple[Tensor, Tensor, Tensor | None], dims: Dims
+) -> dict[str, Factors]:
+    a, b, magnitude = whole
+    said = each.adapter.alpha, each.adapter.scale
     if isinstance(each.adapter, EmbeddingAdapter):
         (table,) = row.layout.split(a.t(), dims)
-        return {row.hf[0]: (table.t().contiguous(), b)}
-    parts = row.layout.split(b, dims)
-    return {name: (a, part.contiguous()) for name, part in zip(row.hf, parts, strict=True)}
+        return {row.hf[0]: Factors(table.t().contiguous(), b, *said, magnitude)}
+    lengths: list[Tensor | None] = [None] * len(row.hf)
+    if magnitude is not None:
+        columns = row.layout.split(magnitude[:, None], dims)
+        lengths = [column[:, 0].contiguous() for column in columns]
+    parts = zip(row.hf, row.layout.split(b, dims), lengths, strict=True)
+    return {name: Factors(a, part.contiguous(), *said, length) for name, part, length in parts}
 
 
 def _gather(shard: Tensor, axis: int | None, group: Any) -> list[Tensor]:
@@ -128,6 +155,8 @@ def fill_adapters(
             whole_a, whole_b = _join(each, row, adapters, dims)
             a.copy_(_cut(each, row, adapter.A, whole_a))
             b.copy_(_cut(each, row, adapter.B, whole_b))
+            if adapter.magnitude is not None:
+                adapter.magnitude.weight.copy_(_lengths(each, row, adapters, dims))
             used.update(row.hf)
     for live in _trained(models):
         tied_head = live.name == OUTPUT and live.name not in plan
@@ -152,14 +181,27 @@ def _join(each: Attached, row: Row, adapters: HFAdapters, dims: Dims) -> tuple[T
         raise UserError(f"the adapter has no factors for {', '.join(missing)}")
     parts = [adapters.factors[name] for name in row.hf]
     if isinstance(each.adapter, EmbeddingAdapter):
-        ((table, b),) = parts
-        return row.layout.join([table.t()], dims).t(), b
-    if any(not torch.equal(a, parts[0][0]) for a, _ in parts[1:]):
+        (table,) = parts
+        return row.layout.join([table.a.t()], dims).t(), table.b
+    if any(not torch.equal(part.a, parts[0].a) for part in parts[1:]):
         raise UserError(
             f"{', '.join(row.hf)} are one layer in Megatron, whose adapter has one lora_A, but "
             "here they have different ones: merge the adapter by swift export --merge_lora true"
         )
-    return parts[0][0], row.layout.join([b for _, b in parts], dims)
+    return parts[0].a, row.layout.join([part.b for part in parts], dims)
+
+
+def _lengths(each: Attached, row: Row, adapters: HFAdapters, dims: Dims) -> Tensor:
+    """DoRA's lengths of a layer's rows here, from those of the HF layers."""
+    magnitude = each.adapter.magnitude
+    parts = [adapters.factors[name].magnitude for name in row.hf]
+    assert magnitude is not None
+    columns = [part[:, None] for part in parts if part is not None]
+    if isinstance(each.adapter, EmbeddingAdapter):
+        return columns[0][:, 0]
+    whole = row.layout.join(columns, dims)
+    group = each.adapter.group
+    return row.layout.shard(whole, magnitude.axis, group.rank(), group.size())[:, 0]
 
 
 def _cut(each: Attached, row: Row, factor: Factor, whole: Tensor) -> Tensor:

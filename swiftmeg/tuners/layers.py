@@ -37,33 +37,11 @@ from megatron.core.transformer.utils import (
 from peft.tuners.lora import LoraConfig, LoraLayer
 from torch import Tensor
 
+from swiftmeg.tuners.dora import row_norms
+from swiftmeg.tuners.factors import Factor, Magnitude
+
 NAME = "default"
 """PEFT's name of the one adapter."""
-
-
-class Factor(torch.nn.Module):
-    """One factor: `weight`, [out, in] or, for experts, [experts here, out, in].
-
-    `axis` is the axis that tensor parallelism cuts, None where every rank holds all of it.
-    """
-
-    def __init__(self, shape: tuple[int, ...], like: Tensor, axis: int | None) -> None:
-        super().__init__()
-        weight: Any = torch.nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        weight.allreduce = getattr(like, "allreduce", True)
-        weight.tensor_model_parallel = axis is not None
-        if axis is not None:
-            weight.partition_dim, weight.partition_stride = axis, 1
-        self.weight = weight
-        self.axis = axis
-
-    def sum_over_positions(self) -> None:
-        """Let Megatron add up the gradients that ranks find at their own positions."""
-        self.weight.sequence_parallel = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] gives [..., out]."""
-        return F.linear(x, self.weight)
 
 
 class Adapter(torch.nn.Module, LoraLayer):
@@ -114,6 +92,8 @@ class Adapter(torch.nn.Module, LoraLayer):
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = torch.nn.Dropout(config.lora_dropout)
         self.lora_A[adapter_name], self.lora_B[adapter_name] = self.factors(r)
+        if config.use_dora:
+            self.lora_magnitude_vector[adapter_name] = self.new_magnitude()
         self.set_adapter([adapter_name])
 
     @property
@@ -125,6 +105,16 @@ class Adapter(torch.nn.Module, LoraLayer):
     def B(self) -> Factor:
         """The factor that writes the output."""
         return self.lora_B[NAME]
+
+    @property
+    def magnitude(self) -> Magnitude | None:
+        """DoRA's lengths of the weight's rows; None without DoRA."""
+        return self.lora_magnitude_vector[NAME] if self.lora_magnitude_vector else None
+
+    @property
+    def alpha(self) -> float:
+        """What B @ A is multiplied by, before it is divided for the rank."""
+        return float(self.lora_alpha[NAME])
 
     @property
     def scale(self) -> float:
@@ -139,8 +129,29 @@ class Adapter(torch.nn.Module, LoraLayer):
         """New factors A and B."""
         raise NotImplementedError
 
+    def new_magnitude(self) -> Magnitude:
+        """New lengths of the rows, cut and made whole like B."""
+        magnitude = Magnitude(len(self.B.weight), self.B.weight, self.B.axis)
+        if getattr(self.B.weight, "sequence_parallel", False):
+            magnitude.sum_over_positions()
+        return magnitude
+
+    def norms(self) -> Tensor:
+        """fp32 norms of the rows, here, of the weight and its adapter together [out]."""
+        group = self.group if self.A.axis is not None else None
+        return row_norms(self.matrix(), self.A.weight, self.B.weight, self.scale, group)
+
+    def matrix(self) -> Tensor:
+        """The weight as B @ A adds to it, [out, in]."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
     def change(self, x: Tensor, *args: Any) -> Tensor:
-        """What LoRA adds to the layer's output for input `x`."""
+        """What LoRA adds to the layer's output for input `x`, which has been dropped from."""
+        raise NotImplementedError
+
+    def plain(self, x: Tensor) -> Tensor:
+        """What the weight alone, without a bias, makes of input `x`, in the form of `change`."""
         raise NotImplementedError
 
     def drop(self, x: Tensor) -> Tensor:
@@ -158,10 +169,31 @@ class Adapter(torch.nn.Module, LoraLayer):
         if self.disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         result, x, bias = self._base(x, *args, **kwargs)
-        change = self.change(x, *args)
-        if change.shape[-1] != result.shape[-1]:
-            change = gather_from_tensor_model_parallel_region(change, group=self.group)
-        return result + change, bias
+        dropped = self.drop(x)
+        change = self.change(dropped, *args)
+        if self.magnitude is not None:
+            return self._with_lengths(result, change, x, dropped, bias), bias
+        return result + self._like(result, change), bias
+
+    def _like(self, result: Tensor, change: Tensor) -> Tensor:
+        """`change` with the outputs of all ranks where the layer gathers its own."""
+        if change.shape[-1] == result.shape[-1]:
+            return change
+        return gather_from_tensor_model_parallel_region(change, group=self.group)
+
+    def _with_lengths(
+        self, result: Tensor, change: Tensor, x: Tensor, dropped: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The layer's output with DoRA; a bias keeps its length."""
+        assert self.magnitude is not None
+        factor = self._like(result, (self.magnitude.weight / self.norms())[None])
+        if dropped is not x:
+            base = self._like(result, self.plain(dropped))
+        else:
+            inside = getattr(self.base_layer, "bias", None) if bias is None else None
+            base = result if inside is None or not inside.numel() else result - inside
+        longer, factor = (factor - 1).to(result.dtype), factor.to(result.dtype)
+        return result + longer * base + factor * self._like(result, change)
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output of the layer, its input behind a norm inside it, and its bias."""
@@ -191,6 +223,8 @@ class Adapter(torch.nn.Module, LoraLayer):
     def factor_entries(self, prefix: str, offsets: Any, metadata: Any) -> dict[str, Any]:
         """Checkpoint entries of the factors."""
         factors = {f"lora_A.{NAME}.weight": self.A, f"lora_B.{NAME}.weight": self.B}
+        if self.magnitude is not None:
+            factors[f"lora_magnitude_vector.{NAME}.weight"] = self.magnitude
         entries = make_sharded_tensors_for_checkpoint(
             {name: factor.weight for name, factor in factors.items()},
             prefix,
@@ -199,9 +233,9 @@ class Adapter(torch.nn.Module, LoraLayer):
             tp_group=self.group,
             dp_cp_group=metadata["dp_cp_group"],
         )
-        if self.gated:
-            name = f"{prefix}lora_B.{NAME}.weight"
-            entries[name] = apply_swiglu_sharded_factory(entries[name], offsets)
+        for name in entries if self.gated else ():
+            if ".lora_A." not in f".{name}":
+                entries[name] = apply_swiglu_sharded_factory(entries[name], offsets)
         return entries
 
 
@@ -216,7 +250,7 @@ class ColumnAdapter(Adapter):
         return a, Factor((weight.shape[0], rank), weight, 0)
 
     def change(self, x: Tensor, *args: Any) -> Tensor:
-        hidden = self.A(self.drop(x)) * self.scale
+        hidden = self.A(x) * self.scale
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=True, group=self.group
@@ -224,6 +258,15 @@ class ColumnAdapter(Adapter):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=self.group)
         return self.B(hidden)
+
+    def plain(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            x = gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=True, group=self.group
+            )
+        else:
+            x = copy_to_tensor_model_parallel_region(x, group=self.group)
+        return F.linear(x, self.base_layer.weight)
 
 
 class RowAdapter(Adapter):
@@ -239,12 +282,16 @@ class RowAdapter(Adapter):
         return Factor((rank, weight.shape[1]), weight, 1), b
 
     def change(self, x: Tensor, *args: Any) -> Tensor:
-        hidden = self.A(self.drop(x)) * self.scale
+        return self.B(self._sum(self.A(x) * self.scale))
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self._sum(F.linear(x, self.base_layer.weight))
+
+    def _sum(self, part: Tensor) -> Tensor:
+        """What the ranks have of the same outputs, added up."""
         if self.sequence_parallel:
-            hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
-        else:
-            hidden = reduce_from_tensor_model_parallel_region(hidden, group=self.group)
-        return self.B(hidden)
+            return reduce_scatter_to_sequence_parallel_region(part, group=self.group)
+        return reduce_from_tensor_model_parallel_region(part, group=self.group)
 
 
 class WholeAdapter(Adapter):
@@ -255,8 +302,9 @@ class WholeAdapter(Adapter):
         marked = getattr(base_layer.weight, "sequence_parallel", False)
         self.sequence_parallel = self.group.size() > 1 and bool(marked)
         if self.sequence_parallel:
-            self.A.sum_over_positions()
-            self.B.sum_over_positions()
+            for factor in (self.A, self.B, self.magnitude):
+                if factor is not None:
+                    factor.sum_over_positions()
 
     def factors(self, rank: int) -> tuple[Factor, Factor]:
         weight = self.base_layer.weight
@@ -266,36 +314,7 @@ class WholeAdapter(Adapter):
         )
 
     def change(self, x: Tensor, *args: Any) -> Tensor:
-        return self.B(self.A(self.drop(x)) * self.scale)
+        return self.B(self.A(x) * self.scale)
 
-
-class EmbeddingAdapter(Adapter):
-    """Beside the word embedding: A [rank, vocabulary] is cut like the table, B is whole.
-
-    As in PEFT there is no dropout, since the input is not a vector.
-    """
-
-    def factors(self, rank: int) -> tuple[Factor, Factor]:
-        weight = self.base_layer.weight
-        b = Factor((weight.shape[1], rank), weight, None)
-        if self.base_layer.reduce_scatter_embeddings:
-            b.sum_over_positions()
-        return Factor((rank, weight.shape[0]), weight, 1), b
-
-    def forward(self, ids: Tensor) -> Tensor:  # type: ignore[override]
-        """Vectors [b, s, h] of `ids` [b, s], or [s / ranks, b, h] under sequence parallelism."""
-        result = self.base_layer(ids)
-        return result if self.disable_adapters else result + self.change(ids)
-
-    def change(self, ids: Tensor, *args: Any) -> Tensor:
-        first = self.base_layer.vocab_start_index
-        elsewhere = (ids < first) | (ids >= self.base_layer.vocab_end_index)
-        rows = (ids - first).masked_fill(elsewhere, 0)
-        hidden = F.embedding(rows, self.A.weight.t()) * self.scale
-        hidden = hidden.masked_fill(elsewhere[..., None], 0.0)
-        if self.base_layer.reduce_scatter_embeddings:
-            hidden = hidden.transpose(0, 1).contiguous()
-            hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=self.group)
-        else:
-            hidden = reduce_from_tensor_model_parallel_region(hidden, group=self.group)
-        return self.B(hidden)
+    def plain(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base_layer.weight)

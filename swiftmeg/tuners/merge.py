@@ -1,7 +1,6 @@
 """Adapters added to the weights that they stand beside, on a live model."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,21 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swiftmeg.errors import UserError
-from swiftmeg.export.blocks import Block, StoredPart
-from swiftmeg.export.hf_files import HFWeights
+from swiftmeg.export.hf_files import listed
 from swiftmeg.export.lazy_weights import Supply, storage_of
-from swiftmeg.export.shards import LiveWeight
-from swiftmeg.models.family import Row
-from swiftmeg.models.hf import HFModel
+from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.tuners.adapters import Attached, attached, numbered, store_everything
-from swiftmeg.tuners.layers import EmbeddingAdapter
-from swiftmeg.tuners.peft_format import refuse_tied, to_adapters
+from swiftmeg.tuners.embedding import EmbeddingAdapter
+from swiftmeg.tuners.merged_weights import rows_at_a_time
 
 _PROBES = 4
 """Random inputs for which a merged weight is compared with the adapter."""
-
-_AT_A_TIME = 2**20
-"""Numbers of a weight that are merged in fp32 at a time."""
 
 
 @torch.no_grad()
@@ -34,13 +27,13 @@ def merge(models: list[Any]) -> str:
     says how many weights were merged and how many of them changed. Collective. UserError, on every
     rank, where a merged weight does not compute what base and adapter did.
     """
-    results = {
-        name: _add(each, weight, a, b)
-        for each in attached(models)
-        for name, weight, a, b in _beside(each)
-    }
+    results = {}
+    for each in attached(models):
+        lengthened = lengthening(each)  # of the weight as it is
+        for name, weight, a, b in _beside(each):
+            results[name] = _add(each, weight, a, b, lengthened)
     _take_away(models)
-    return _judge(results)
+    return _judge(results, set(results))
 
 
 class Merging:
@@ -52,11 +45,17 @@ class Merging:
     def __init__(self, models: list[Any], base: Supply) -> None:
         """`models` hold trained adapters, which are taken away; `base` was made before them."""
         self._base = base
-        self._beside = {
-            storage_of(weight): (name, each, a, b)
-            for each in attached(models)
-            for name, weight, a, b in _beside(each)
-        }
+        live = {storage_of(each.tensor): each for each in live_weights(models)}
+        self._beside = {}
+        for each in attached(models):
+            lengthened = None
+            if each.adapter.magnitude is not None:  # which needs all ranks' parts of the weight
+                weight = each.adapter.base_layer.weight
+                base.fill(live[storage_of(weight)])
+                lengthened = lengthening(each)
+                weight.untyped_storage().resize_(0)
+            for name, weight, a, b in _beside(each):
+                self._beside[storage_of(weight)] = name, each, a, b, lengthened
         self._results: dict[str, tuple[bool, bool]] = {}
         _take_away(models)
         self._trained = {
@@ -73,8 +72,8 @@ class Merging:
         if key in self._trained:
             live.tensor.copy_(self._trained[key])
         elif key in self._beside:
-            name, each, a, b = self._beside[key]
-            self._results[name] = _add(each, live.tensor, a, b)
+            name, each, a, b, lengthened = self._beside[key]
+            self._results[name] = _add(each, live.tensor, a, b, lengthened)
 
     @property
     def bytes_read(self) -> int:
@@ -84,7 +83,7 @@ class Merging:
     def finish(self) -> None:
         """UserError if the base has more, or a merged weight is wrong; collective."""
         self._base.finish()
-        report = _judge(self._results)
+        report = _judge(self._results, {name for name, *_ in self._beside.values()})
         if torch.distributed.get_rank() == 0:
             print(report, flush=True)
 
@@ -98,7 +97,15 @@ def _take_away(models: list[Any]) -> None:
         store_everything(chunk)
 
 
-def _add(each: Attached, weight: Tensor, a: Tensor, b: Tensor) -> tuple[bool, bool]:
+def lengthening(each: Attached) -> Tensor | None:
+    """What DoRA multiplies the rows of weight and adapter by [out]; None without it. Collective."""
+    magnitude = each.adapter.magnitude
+    return None if magnitude is None else magnitude.weight.float() / each.adapter.norms()
+
+
+def _add(
+    each: Attached, weight: Tensor, a: Tensor, b: Tensor, lengthened: Tensor | None
+) -> tuple[bool, bool]:
     """Add an adapter to a weight, some rows at a time; whether it changes it, and rightly.
 
     The result is right if it maps random inputs to what the weight did before plus the adapter's
@@ -113,29 +120,36 @@ def _add(each: Attached, weight: Tensor, a: Tensor, b: Tensor) -> tuple[bool, bo
     inner = F.linear(x, a) * adapter.scale
     eps = torch.finfo(adapter.A.weight.dtype).eps
     changes, right = False, True
-    for rows, factor in zip(*(each.split(_rows(weight)) for each in (weight, b)), strict=True):
+    lengths = b.new_ones(len(b), dtype=torch.float32) if lengthened is None else lengthened
+    for rows, factor, length in zip(
+        *(part.split(rows_at_a_time(weight)) for part in (weight, b, lengths)), strict=True
+    ):
         before = rows.to(torch.float32, copy=True)
-        change = adapter.scale * (factor.float() @ a)
-        rows.copy_((before + change).to(rows.dtype))
-        changes |= bool(change.any())
+        after = (before + adapter.scale * (factor.float() @ a)) * length[:, None]
+        changes |= not torch.equal(after, before)
+        rows.copy_(after.to(rows.dtype))
         after = rows.float()
-        expected = F.linear(inner, factor.float())
+        before *= length[:, None]
+        expected = F.linear(inner, factor.float()) * length
         rounding = F.linear(x.square(), after.square() + before.square()).sqrt()
         error = F.linear(x, after - before) - expected
         right &= bool((error.abs() <= 8 * eps * rounding + 1e-6 * expected.abs()).all())
     return changes, right
 
 
-def _rows(weight: Tensor) -> int:
-    """How many rows are merged at a time."""
-    return max(1, _AT_A_TIME // weight.shape[1])
+def _judge(results: dict[str, tuple[bool, bool]], adapted: set[str]) -> str:
+    """What was merged on all ranks, by weights' names; UserError if something is wrong.
 
-
-def _judge(results: dict[str, tuple[bool, bool]]) -> str:
-    """What was merged on all ranks, by weights' names; UserError if something is wrong."""
+    `adapted` are the weights here that have an adapter.
+    """
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, results)
-    pairs = [pair for each in found for pair in each.items()]
+    torch.distributed.all_gather_object(found, (results, adapted))
+    pairs = [pair for each, _ in found for pair in each.items()]
+    wanted = set().union(*(names for _, names in found))
+    if left := wanted.difference(name for name, _ in pairs):
+        raise UserError(
+            f"{len(wanted)} weights have an adapter, but {listed(left)} of them were not merged"
+        )
     if bad := sorted({name for name, (_, right) in pairs if not right}):
         raise UserError(f"merged weights differ from base + scale * B @ A: {', '.join(bad[:5])}")
     everywhere = {name for name, _ in pairs}
@@ -144,50 +158,6 @@ def _judge(results: dict[str, tuple[bool, bool]]) -> str:
         f"merged {len(everywhere)} weights with their adapters, {len(moved)} of which change; "
         "every one computes what base + scale * B @ A does"
     )
-
-
-class MergedWeights(HFWeights):
-    """An HF folder's weights with a PEFT adapter added, in fp32 and rounded once.
-
-    UserError if the adapter is not of this model.
-    """
-
-    def __init__(self, model: HFModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__(model.folder, model.config)
-        self.adapters = to_adapters(config, tensors, model)
-        if model.config.get("tie_word_embeddings"):
-            refuse_tied(self.adapters)
-        rank = config["r"]
-        self.scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-        self.changed = {name for name, (_, b) in self.adapters.factors.items() if b.any()}
-
-    def parts(self, row: Row) -> list[StoredPart]:
-        """The HF tensors of a row, with what the adapter makes of them."""
-        whole = zip(row.hf, super().parts(row), strict=True)
-        return [part.then(partial(self._merged, name)) for name, part in whole]
-
-    def _merged(self, name: str, tensor: Tensor, block: Block) -> Tensor:
-        if name in self.adapters.trained:
-            return self.adapters.trained[name][block].to(tensor.dtype)
-        if name not in self.adapters.factors:
-            return tensor
-        a, b = self.adapters.factors[name]
-        if name.endswith("embed_tokens.weight"):
-            a, b = b.t(), a.t()  # a table maps one-hot vectors
-        of_rows, columns = block
-        a, b = a[:, columns].float(), b[of_rows]
-        merged = torch.empty_like(tensor)
-        parts = zip(*(each.split(_rows(tensor)) for each in (merged, tensor, b)), strict=True)
-        for target, rows, factor in parts:
-            target.copy_(rows.float() + self.scale * (factor.float() @ a))
-        return merged
-
-    def report(self) -> str:
-        """What was merged."""
-        return (
-            f"merged {len(self.adapters.factors)} weights with their adapters, "
-            f"{len(self.changed)} of which change; {len(self.adapters.trained)} were replaced"
-        )
 
 
 def _beside(each: Attached) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:

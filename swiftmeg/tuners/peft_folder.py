@@ -13,7 +13,7 @@ from swiftmeg.export.atomic_folder import publish
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layout import Dims
 from swiftmeg.tuners.hf_form import to_hf_form
-from swiftmeg.tuners.peft_format import write_folder
+from swiftmeg.tuners.peft_writer import write_folder
 
 
 def save_peft(models: list[Any], folder: Path, args: Any, model: HFModel, dims: Dims) -> None:
@@ -40,12 +40,17 @@ def base_folder(args: Any, model: HFModel) -> str | None:
     return str(model.folder) if converted else None
 
 
-def peft_logits(model: Path, folder: Path, ids: Tensor) -> Tensor:
-    """fp32 logits [1, s, vocabulary] of an HF folder's model with a PEFT folder beside it."""
+def peft_logits(model: Path, folder: Path, ids: Tensor, vocab_size: int) -> Tensor:
+    """fp32 logits [1, s, vocabulary] of an HF folder's model with a PEFT folder beside it.
+
+    The model gets `vocab_size` rows for tokens, of which the folder knows the values.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if base.config.vocab_size != vocab_size:
+        base.resize_token_embeddings(vocab_size, mean_resizing=False)
     with torch.no_grad():
         both = PeftModel.from_pretrained(base, folder).to(ids.device).eval()
         logits: Tensor = both(ids).logits

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from swiftmeg.args.adapter_config import fits
 from swiftmeg.args.tuner import LoraArguments
 from swiftmeg.errors import UserError
 from swiftmeg.export.shards import global_name, spellings
@@ -51,7 +52,25 @@ def choose_targets(models: list[Any], args: LoraArguments) -> list[list[str]]:
                     raise UserError(_tied(flag, in_model))
                 chosen[-1].append(here)
     _refuse_unused(flag, words, unused)
+    for flag in ("rank_pattern", "alpha_pattern"):
+        _refuse_idle(flag, list(getattr(args, flag)), models, chosen)
     return chosen
+
+
+def _refuse_idle(flag: str, keys: list[str], models: list[Any], chosen: list[list[str]]) -> None:
+    """UserError for a key of a pattern that fits no module with an adapter; collective."""
+    names = [
+        global_name(chunk, here)
+        for chunk, targets in zip(models, chosen, strict=True)
+        for here in targets
+    ]
+    idle = [not any(fits(key, name) for name in names) for key in keys]
+    for key, nowhere in zip(keys, everywhere(idle), strict=True):
+        if nowhere:
+            raise UserError(
+                f"--{flag} {key} fits no module with an adapter: its keys are expressions for the "
+                "ends of Megatron's names, such as linear_proj or layers.0.mlp.linear_fc2"
+            )
 
 
 def parameters_to_save(models: list[Any], args: LoraArguments) -> list[torch.nn.Parameter]:

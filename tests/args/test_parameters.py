@@ -453,11 +453,15 @@ MEGATRON: dict[str, Row] = {
     "adapters": ShownBy("tests/tuners/test_adapters.py", "adapters=start"),
     "adapter_load": Refused("nowhere", "--adapter_load nowhere: no LoRA checkpoint"),
     "lora_rank": Refused(0, "--lora_rank 0: must be at least 1", {"train_type": "lora"}),
+    "init_lora_weights": Refused("pissa", "let PEFT make the adapter", {"train_type": "lora"}),
+    "rank_pattern": Refused({"x": 0}, "--rank_pattern: x has 0", {"train_type": "lora"}),
+    "alpha_pattern": Refused({"(": 1}, "not a regular expression", {"train_type": "lora"}),
     "lora_dropout": Refused(1.0, "must be from 0 to below 1", {"train_type": "lora"}),
     **{
         name: ShownBy("tests/tuners/test_lora.py", f'"{name}"')
         for name in ("target_modules", "target_regex", "modules_to_save", "lora_bias", "use_rslora")
     },
+    "use_dora": ShownBy("tests/tuners/test_dora.py", '"use_dora": "true"'),
     "lorap_lr_ratio": ShownBy("tests/tuners/test_lora.py", '"lorap_lr_ratio": 4'),
     "lora_alpha": ShownBy("tests/tuners/test_lora.py", "lora_alpha == 6"),
     "train_type": ShownBy("tests/tuners/lora_runs.py", '"train_type": "lora"'),
@@ -480,7 +484,6 @@ PLANNED: dict[str, Row] = {
     "response_prefix": Refused("x", "it is a flag of swift infer"),
     "model_type": Refused("qwen3", "found by config.json's `architectures`"),
     "task_type": Refused("seq_cls", "only causal_lm is supported yet"),
-    "use_dora": Refused(True, "--use_dora true: DoRA is not supported: drop it"),
     "num_labels": Refused(2, "classifiers are not supported yet"),
     "problem_type": Refused("regression", "classifiers are not supported yet"),
     "attn_impl": Refused("sdpa", "in training --attention_backend"),

@@ -83,6 +83,8 @@ def gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.grad is not None and ".original_module." not in name:
             yield (
-                name.replace(".default", "").replace(".modules_to_save", ""),
+                name.replace("vector.default.weight", "vector")
+                .replace(".default", "")
+                .replace(".modules_to_save", ""),
                 parameter.grad,
             )

@@ -72,7 +72,7 @@ def adapt(root: Path, out: Path, kind: str, layout: str) -> Any:
     from swiftmeg.tuners.hf_form import fill_adapters
     from swiftmeg.tuners.merge import Merging
     from swiftmeg.tuners.peft_folder import save_peft
-    from swiftmeg.tuners.peft_format import read_folder, to_adapters
+    from swiftmeg.tuners.peft_reader import read_adapters
 
     folder = root / kind
     args = arguments(kind, folder)
@@ -92,7 +92,7 @@ def adapt(root: Path, out: Path, kind: str, layout: str) -> Any:
                 if parameter.requires_grad and "lora_" not in name:
                     parameter.mul_(1.25)
     else:
-        adapters = to_adapters(*read_folder(out / f"{kind}-{first}"), model)
+        _, adapters = read_adapters(out / f"{kind}-{first}", model)
         fill_adapters(models, adapters, model.family, model.config, dims)
     save_peft(models, out / f"{kind}-{layout}", args, model, dims)
     ids = torch.load(folder / "expected.pt")["ids"]
