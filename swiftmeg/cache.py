@@ -18,6 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from swiftmeg.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -36,10 +38,21 @@ def get_or_build(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return `folder`; if it is absent, one caller makes it with `build` while the others wait.
 
     `build` is given an empty folder to fill. What it raises reaches its caller, and the next
-    caller in line tries again.
+    caller in line tries again. Raises UserError where the cache takes nothing, because it is full
+    or not writable.
     """
     if folder.is_dir():
         return folder
+    try:
+        return _built(folder, build)
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder.parent} cannot be used ({error}): make room in it, or name another "
+            "folder by the environment variable SWIFTMEG_CACHE"
+        ) from None
+
+
+def _built(folder: Path, build: Callable[[Path], None]) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:

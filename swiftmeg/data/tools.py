@@ -21,7 +21,16 @@ def parse_tools(tools: str | list[Any] | None) -> list[Any] | None:
             raise RowError("tools is not JSON", str(error)) from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError("tools is not a JSON list of objects")
-    return tools
+    return [_with_type(tool) for tool in tools]
+
+
+def _with_type(tool: dict[str, Any]) -> dict[str, Any]:
+    """A schema in the form that templates know, also where it is the bare function."""
+    kind = tool.get("type", "function")
+    if kind != "function" or "function" in tool:
+        return {"type": kind, **tool}
+    function = {key: value for key, value in tool.items() if key != "type"}
+    return {"type": kind, "function": function}
 
 
 def to_chat(messages: Sequence[Message]) -> list[Message]:

@@ -78,6 +78,46 @@ def test_one_of_several_responses():
     assert chosen == {"A", "B", "C"}
 
 
+@pytest.mark.parametrize(
+    ("response", "text"), [(42, "42"), (-1.5, "-1.5"), (0, "0"), ([7], "7"), (1e300, "1e+300")]
+)
+def test_a_number_is_an_answer(response, text):
+    row = {"question": "Q", "answer": response, "history": [["q", 3]]}
+    contents = [message["content"] for message in standard(row)["messages"]]
+    assert contents == ["q", "3", "Q", text]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": [USER], "completion": [ASSISTANT]}, [USER, ASSISTANT]),
+        ({"prompt": "Q", "completion": [ASSISTANT]}, [USER, ASSISTANT]),
+        ({"prompt": [USER], "completion": "A"}, [USER, ASSISTANT]),
+        ({"prompt": [USER], "answer": 4}, [USER, {**ASSISTANT, "content": "4"}]),
+        (
+            {"prompt": [SYSTEM, USER, ASSISTANT, USER], "completion": [ASSISTANT]},
+            [SYSTEM, USER, {**ASSISTANT, "loss": False}, USER, ASSISTANT],
+        ),
+        (
+            {"prompt": [USER, {**ASSISTANT, "loss": True}, USER], "completion": [ASSISTANT]},
+            [USER, {**ASSISTANT, "loss": True}, USER, ASSISTANT],
+        ),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT], "system": "S"},
+            [SYSTEM, USER, ASSISTANT, USER, ASSISTANT],
+        ),
+    ],
+)
+def test_prompt_and_completion_of_messages(row, expected):
+    assert standard_row(row, partial(random.Random, 0), for_training=True)["messages"] == expected
+
+
+def test_a_prompt_of_messages_alone_is_a_question():
+    assert standard({"prompt": [USER]})["messages"] == [USER]
+    with pytest.raises(RowError, match="the response is empty"):
+        standard_row({"prompt": [USER]}, partial(random.Random, 0), for_training=True)
+
+
 def test_tool_calls_become_messages_of_their_own():
     call = {"name": "look", "arguments": {"at": "sky"}}
     row = {
@@ -135,7 +175,8 @@ def test_kept_columns():
         ({"query": "Q", "response": None}, "the response is empty"),
         ({"query": "Q", "response": []}, "the response is empty"),
         ({"query": None, "response": "A"}, "the query is empty"),
-        ({"query": "Q", "response": 4}, r"response is not text \(int\)"),
+        ({"query": "Q", "response": True}, r"response is not text \(bool\)"),
+        ({"query": "Q", "response": float("nan")}, "response is not a finite number"),
         ({"query": "Q", "response": "A", "history": [["x"]]}, "history is not a list of pairs"),
         ({"query": "Q", "response": "\ud83d"}, "half of a surrogate pair"),
         ({"url": "x", "id": 3}, r"no known column \(the columns are url, id\)"),

@@ -379,6 +379,23 @@ def test_tools_reach_the_template(make_tokenizer, templates):
         Template(tokenizer).encode({**row, "tools": "look"})
 
 
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"name": "look", "parameters": {"x": None}},
+        {"function": {"name": "look", "parameters": {"x": None}}},
+        {"type": "function", "name": "look", "parameters": {"x": None}},
+    ],
+)
+def test_a_tool_without_a_type_is_a_function(make_tokenizer, tool):
+    tokenizer = make_tokenizer(TOOLED)
+    messages = user_assistant("q", "a")
+    full = {"type": "function", "function": {"name": "look", "parameters": {"x": None}}}
+    expected = tokenizer.apply_chat_template(messages, tools=[full])["input_ids"]
+    row = {"messages": messages, "tools": json.dumps([tool])}
+    assert Template(tokenizer).encode(row)["input_ids"] == expected
+
+
 TOOLED = (  # as Qwen's: schemas in the system turn, calls and results in tags
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'tool' %}"

@@ -5,6 +5,7 @@ The format is told by a row's columns: `messages` or `conversation(s)`; `instruc
 for pre-training text.
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg.data.sources.messages import (
+    GENERATED,
     as_json,
     as_text,
     first_value,
@@ -96,6 +98,8 @@ def standard_row(
     conversation = next((name for name in MESSAGES if row.get(name) is not None), None)
     if conversation is not None:
         messages = standard_messages(row[conversation], conversation, unread)
+    elif _conversational(row.get("prompt")) or _conversational(row.get("completion")):
+        messages = _prompt_completion(row, chooser, for_training, unread)
     else:
         messages = _query_response(row, chooser, for_training)
     system = first_value(row, _SYSTEM)
@@ -138,6 +142,52 @@ def rename_columns(row: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
     return renamed
 
 
+def _conversational(value: Any) -> bool:
+    """Whether a column holds messages rather than a text, or a choice of texts."""
+    return isinstance(value, list) and any(isinstance(item, dict) for item in value)
+
+
+def _prompt_completion(
+    row: Mapping[str, Any], chooser: Chooser, needs_response: bool, unread: Counter[str]
+) -> list[Row]:
+    """Join TRL's two columns of messages; what the assistant says in the prompt is not trained."""
+    texts = {name: value for name, value in row.items() if not _conversational(value)}
+    if _conversational(row.get("prompt")):
+        prompt = [
+            {"loss": False, **message} if message["role"] in GENERATED else message
+            for message in standard_messages(row["prompt"], "prompt", unread)
+        ]
+    else:
+        asked = first_value(texts, _QUERY)
+        prompt = [{"role": "user", "content": _written(asked, "query")}] if asked else []
+    if _conversational(row.get("completion")):
+        return [*prompt, *standard_messages(row["completion"], "completion", unread)]
+    response = _chosen(first_value(texts, _RESPONSE), chooser)
+    if response is None:
+        if needs_response:
+            raise RowError("the response is empty")
+        return prompt
+    return [*prompt, {"role": "assistant", "content": _written(response, "response")}]
+
+
+def _chosen(response: Any, chooser: Chooser) -> Any:
+    """One of several responses, or the only one."""
+    if not isinstance(response, list):
+        return response
+    if not response:
+        raise RowError("the response is empty")
+    return chooser().choice(response)
+
+
+def _written(value: Any, what: str) -> str:
+    """A text, or a number as it is written."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RowError(f"{what} is not a finite number")
+        return str(value)
+    return as_text(value, what)
+
+
 def _query_response(row: Mapping[str, Any], chooser: Chooser, needs_response: bool) -> list[Row]:
     response = first_value(row, _RESPONSE)
     asks = any(row.get(name) for name in _QUERY)
@@ -145,25 +195,23 @@ def _query_response(row: Mapping[str, Any], chooser: Chooser, needs_response: bo
         if not any(name in row for name in _RESPONSE):
             raise RowError("no known column", f"the columns are {', '.join(map(str, row))}")
         raise RowError("the response is empty")
-    if isinstance(response, list):
-        if not response:
-            raise RowError("the response is empty")
-        response = as_text(chooser().choice(response), "response")
+    response = _chosen(response, chooser)
     messages = []
     for query, answer in _history(row.get("history")):
-        messages.append({"role": "user", "content": as_text(query, "history")})
-        messages.append({"role": "assistant", "content": as_text(answer, "history")})
+        messages.append({"role": "user", "content": _written(query, "history")})
+        messages.append({"role": "assistant", "content": _written(answer, "history")})
     if "instruction" in row and "input" in row:
         parts = [as_text(row[name] or "", name) for name in ("instruction", "input")]
         query = "\n".join(part for part in parts if part)
     else:
         query = first_value(row, _QUERY)
     if query is not None:
-        messages.append({"role": "user", "content": as_text(query, "query")})
+        messages.append({"role": "user", "content": _written(query, "query")})
     elif messages or any(name in row for name in _QUERY):
         raise RowError("the query is empty")
     if response is not None:
-        messages.append({"role": "assistant", "content": as_text(response, "response")})
+        text = _written(response, "response") if messages else as_text(response, "response")
+        messages.append({"role": "assistant", "content": text})
     return messages
 
 

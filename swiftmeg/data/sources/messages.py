@@ -27,7 +27,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 _SHOWN_AS_THEY_ARE = ("name", "tool_call_id")
 
-_GENERATED = ("assistant", "tool_call")
+GENERATED = ("assistant", "tool_call")
 
 _KNOWN = {
     *("role", "from", "content", "value", "tool_calls", "function_call", "loss"),
@@ -58,7 +58,7 @@ def _message(item: Row, unread: Counter[str]) -> list[Row]:
     role = first_value(item, ("role", "from"))
     if not isinstance(role, str) or role not in ROLES:
         raise RowError("unknown role", f"{str(role)[:40]}; accepted: {', '.join(ROLES)}")
-    known = _KNOWN | ({"weight"} if ROLES[role] in _GENERATED else set())
+    known = _KNOWN | ({"weight"} if ROLES[role] in GENERATED else set())
     unread.update(str(key) for key in item if key not in known and item[key] not in (None, "", []))
     content, calls, extra = first_value(item, ("content", "value")), _calls(item), _extra(item)
     if content is None and not calls and not extra:
@@ -100,7 +100,7 @@ def _loss(item: Row, role: str) -> bool | None:
     """Whether a message says that it is trained, or is not: `loss`, or OpenAI's `weight`, which
     only what the assistant says has."""
     wishes = set()
-    for key in ("loss", "weight") if role in _GENERATED else ("loss",):
+    for key in ("loss", "weight") if role in GENERATED else ("loss",):
         if (value := item.get(key)) is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):

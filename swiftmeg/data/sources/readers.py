@@ -6,9 +6,11 @@ same columns, and because a bad row is to be named by its line.
 
 import codecs
 import csv
+import io
 import itertools
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,10 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from swiftmeg.data.sources.arrow_rows import batch_rows
+from swiftmeg.data.sources.text_files import COMPRESSED, open_bytes
 from swiftmeg.data.standard_row import Row, RowError, not_utf8
 from swiftmeg.errors import UserError
 
-EXTENSIONS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
+_TEXT = (".jsonl", ".json", ".csv", ".txt")
+_TABLES = (".parquet", ".arrow")
+EXTENSIONS = (*_TEXT, *_TABLES, *(kind + packed for kind in _TEXT for packed in COMPRESSED))
 
 RawRow = tuple[int, bytes | Row | RowError]
 """Line or row number, counted from 1, and the row: for JSON lines still bytes, and an error where
@@ -30,8 +35,11 @@ the file holds something else than a row."""
 LINE_LIMIT = 32 * 2**20
 """Bytes of the longest line that is read: about eight million tokens."""
 
+_ARROW_FILE = b"ARROW1"
+
 # Files that describe a dataset and often lie beside it.
-_METADATA = {"dataset_info.json", "dataset_infos.json", "config.json", "state.json"}
+_METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "config.json", "state.json"}
+_SCRATCH = "cache-"  # results that the library datasets keeps beside what it has saved
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CHUNK_BYTES = 8 * 2**20
 _TRAIN = re.compile(r"(^|[-_.])train([-_.]|$)")
@@ -45,7 +53,7 @@ def data_files(path: Path, spec: str) -> list[Path]:
     another kind.
     """
     if path.is_file():
-        if path.suffix.lower() not in EXTENSIONS:
+        if not path.name.lower().endswith(EXTENSIONS):
             raise UserError(
                 f"--dataset {spec}: unknown extension {path.suffix or '(none)'}; accepted: "
                 f"{', '.join(EXTENSIONS)}"
@@ -56,7 +64,10 @@ def data_files(path: Path, spec: str) -> list[Path]:
         files = sorted(
             file
             for file in path.glob(pattern)
-            if file.is_file() and file.suffix.lower() in EXTENSIONS and file.name not in _METADATA
+            if file.is_file()
+            and file.name.lower().endswith(EXTENSIONS)
+            and file.name not in _METADATA
+            and not file.name.startswith(_SCRATCH)
         )
         if files:
             break
@@ -65,7 +76,12 @@ def data_files(path: Path, spec: str) -> list[Path]:
             f"--dataset {spec}: no data file in the folder {path}; looked for "
             f"{', '.join(EXTENSIONS)}"
         )
-    return [file for file in files if _TRAIN.search(file.stem)] or files
+    return [file for file in files if _for_training(file.relative_to(path))] or files
+
+
+def _for_training(file: Path) -> bool:
+    """Whether a file, or a folder that it is in, is named after a training split."""
+    return any(_TRAIN.search(name) for name in (*file.parent.parts, file.stem))
 
 
 def read_raw(path: Path) -> Iterator[RawRow]:
@@ -74,12 +90,18 @@ def read_raw(path: Path) -> Iterator[RawRow]:
     Raises UserError, naming file and line, where the file is damaged in a way that leaves it open
     where the next row begins.
     """
-    read = {".jsonl": _lines, ".json": _json, ".csv": _csv, ".txt": _txt, ".parquet": _parquet}
+    read = {
+        ".jsonl": _lines,
+        ".json": _json,
+        ".csv": _csv,
+        ".txt": _txt,
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }
+    kinds = [suffix for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
     try:
-        yield from read[path.suffix.lower()](path)
-    except csv.Error as error:
-        raise UserError(f"{path}: is not CSV ({error})") from None
-    except (OSError, pa.ArrowException) as error:
+        yield from read[kinds[-1].lower()](path)
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
 
@@ -131,9 +153,9 @@ def _row(value: Any) -> Row:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
     # Only a line feed ends a line; a carriage return within it is text.
-    with path.open("rb") as file:
-        if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
-            file.seek(0)
+    with open_bytes(path) as file:
+        if file.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+            file.read(len(codecs.BOM_UTF8))
         for number in itertools.count(1):
             line = file.readline(LINE_LIMIT)
             if not line:
@@ -148,14 +170,16 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | RowError]]:
 
 def _json(path: Path) -> Iterator[RawRow]:
     """The elements of an array, or the lines of a file that holds none."""
-    with path.open("rb") as file:
+    with open_bytes(path) as file:
         lines = (line.removeprefix(codecs.BOM_UTF8).strip() for line in file)
         start = next((line for line in lines if line), b"")
     if not start.startswith(b"["):
         yield from _lines(path)
         return
     try:
-        yield from enumerate(_elements(path.read_text(encoding="utf-8-sig")), 1)
+        with open_bytes(path) as file:
+            text = file.read().decode("utf-8-sig")
+        yield from enumerate(_elements(text), 1)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}): convert the file") from None
     except json.JSONDecodeError as error:
@@ -199,9 +223,22 @@ def _after(text: str, at: int, word: str) -> int:
 def _csv(path: Path) -> Iterator[RawRow]:
     csv.field_size_limit(LINE_LIMIT)
     # Bytes that are not UTF-8 become surrogates, which no UTF-8 text holds: only their row is bad.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
+    with (
+        open_bytes(path) as raw,
+        io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="") as file,
+    ):
+        reader = csv.DictReader(file, strict=True)
+        while True:
+            start = reader.line_num + 1
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise UserError(
+                    f"{path}: is not CSV ({error}): a quote that opens in the row of line {start} "
+                    'may not be closed; write "" for a quote in a quoted field'
+                ) from None
+            if row is None:
+                return
             yield reader.line_num, _csv_row(row)
 
 
@@ -229,9 +266,21 @@ def _txt(path: Path) -> Iterator[RawRow]:
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
-    number = 0
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
-            for row in batch_rows(batch):
-                number += 1
-                yield number, row
+        yield from _numbered(file.iter_batches(batch_size=1000))
+
+
+def _arrow(path: Path) -> Iterator[RawRow]:
+    """The rows of an IPC stream, as datasets saves them, or an IPC file."""
+    with pa.memory_map(str(path)) as file:
+        whole = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        if whole:
+            table = pa.ipc.open_file(file)
+            yield from _numbered(map(table.get_batch, range(table.num_record_batches)))
+        else:
+            yield from _numbered(pa.ipc.open_stream(file))
+
+
+def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[RawRow]:
+    return enumerate((row for batch in batches for row in batch_rows(batch)), 1)

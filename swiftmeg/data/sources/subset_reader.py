@@ -1,11 +1,12 @@
 """One subset of a dataset: its raw rows, and how each becomes a standard row."""
 
+import hashlib
 import logging
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from swiftmeg.data.standard_row import Row, RowError
 from swiftmeg.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+HASHED_WHOLE = 2**30
+"""Bytes of the largest file whose content is hashed as a whole."""
+_SAMPLES, _SAMPLE = 1024, 2**16
 
 OriginRow = tuple[str, RawRow]
 """The file or hub id that a raw row comes from, and the row."""
@@ -80,18 +85,21 @@ class SubsetReader:
 
     def describe(self) -> list[Any]:
         """All that the standard rows depend on, as JSON-able values."""
-        content: list[Any] = [[str(file.resolve()), *_version(file)] for file in self._files]
-        if not content:
-            prints = [getattr(split, "_fingerprint", None) for split in self._hub_splits]
-            content = [self.source.dataset_id, *prints]
         identity = self.options.identity
         return [
-            content,
+            self._content,
             self._columns,
             [identity.names, identity.authors, self.options.data_seed],
             Hasher.hash(self._subset.preprocess),
             self.options.for_training,
         ]
+
+    @cached_property
+    def _content(self) -> list[Any]:
+        if self._files:
+            return [[str(file.resolve()), *_version(file)] for file in self._files]
+        prints = [getattr(split, "_fingerprint", None) for split in self._hub_splits]
+        return [self.source.dataset_id, *prints]
 
     def raw(self) -> Iterator[OriginRow]:
         """Yield the raw rows in the order of files and lines."""
@@ -148,9 +156,21 @@ def _hub_rows(split: Any) -> Iterator[Row]:
         yield without_filling(row, types)
 
 
-def _version(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
+def _version(file: Path) -> list[Any]:
+    """What tells a file's content from another: a hash of it, of large ones of samples, with what
+    the filesystem says."""
+    try:
+        status = file.stat()
+        with file.open("rb") as content:
+            if status.st_size <= HASHED_WHOLE:
+                return [hashlib.file_digest(content, "sha256").hexdigest()]
+            digest = hashlib.sha256()
+            for place in range(0, status.st_size, max(status.st_size // _SAMPLES, 1)):
+                content.seek(place)
+                digest.update(content.read(_SAMPLE))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    return [status.st_size, status.st_mtime_ns, status.st_ino, digest.hexdigest()]
 
 
 def _preprocess(subset: Subset, row: Row) -> Row:
