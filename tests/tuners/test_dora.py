@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.layouts.test_training import load_folder, run_training
 from tests.matrix.cases import Row, write_inputs
 from tests.matrix.harness import BOUND, check_trained, compare, one_step, run, transformers_step
-from tests.ranks import run_ranks
+from tests.runs import PIPELINE, SEQUENCE, TENSOR, export, load_folder
+from tests.runs import run as run_command
 from tests.tuners import lora_runs
-from tests.tuners.test_adapters import base_model, export, logits
+from tests.tuners.peft_made import base_model, logits
 
 DORA = {"use_dora": "true"}
 ATTENTION = {"target_modules": "linear_qkv linear_proj"}
@@ -44,7 +44,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def peft_model(work: Path, model: str, folder: Path) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base_model(work, model), folder)
+    return PeftModel.from_pretrained(base_model(work / model), folder)
 
 
 @pytest.mark.parametrize("case", ROWS)
@@ -76,7 +76,7 @@ def trained(work: Path) -> Path:
         "train_iters": 2,
         "global_batch_size": 16,
     }
-    lora_runs.train(work, "dense-qk-lora", "trained", 2, **lora_runs.SEQUENCE, **flags)
+    lora_runs.train(work, "dense-qk-lora", "trained", 2, **SEQUENCE, **flags)
     return work / "trained"
 
 
@@ -87,9 +87,9 @@ def test_a_checkpoint_and_its_folder_merge_alike(work: Path, trained: Path) -> N
     assert config.rank_pattern["o_proj"] == 2
     assert config.alpha_pattern["q_proj"] == 7.5
     expected = logits(peft_model(work, "dense-qk-lora", folder))
-    assert (logits(base_model(work, "dense-qk-lora")) - expected).abs().max() > 0.1
+    assert (logits(base_model(work / "dense-qk-lora")) - expected).abs().max() > 0.1
     ways: dict[str, dict[str, Any]] = {
-        "lazy": {"world": 2, "mcore_adapters": trained, "to_hf": "true", **lora_runs.TENSOR},
+        "lazy": {"world": 2, "mcore_adapters": trained, "to_hf": "true", **TENSOR},
         "whole": {
             "mcore_adapters": trained,
             "to_hf": "true",
@@ -101,11 +101,11 @@ def test_a_checkpoint_and_its_folder_merge_alike(work: Path, trained: Path) -> N
             "adapters": folder,
             "merge_lora": "true",
             "test_convert_precision": "true",
-            **lora_runs.TENSOR,
+            **TENSOR,
         },
     }
     for name, flags in ways.items():
-        found = logits(base_model(work, export(work, name, **flags).name))
+        found = logits(base_model(export(work / name, **flags)))
         bound = 5e-2 if "torch_dtype" in flags else 1e-5
         assert (found - expected).abs().max() <= bound * expected.abs().max(), name
 
@@ -117,12 +117,12 @@ def test_training_goes_on_from_checkpoint_and_folder(work: Path, trained: Path) 
     assert any(name.endswith("lora_magnitude_vector") for name in first)
     lora_runs.train(
         *(work, "dense-qk-lora", "anew", 2),
-        **lora_runs.PIPELINE | still,
+        **PIPELINE | still,
         adapter_load=trained,
         finetune="true",
     )
     folder = {"adapters": trained / "iter_0000002-hf", "lora_rank": 4}
-    lora_runs.train(work, "dense-qk-lora", "from-folder", 2, **lora_runs.TENSOR | still | folder)
+    lora_runs.train(work, "dense-qk-lora", "from-folder", 2, **TENSOR | still | folder)
     for name in ("anew", "from-folder"):
         again = lora_runs.adapters(work, name, 1)
         assert again.keys() == first.keys()
@@ -132,8 +132,8 @@ def test_training_goes_on_from_checkpoint_and_folder(work: Path, trained: Path) 
 def test_layers_that_peft_cannot_lengthen_are_refused(work: Path) -> None:
     flags = lora_runs.flags(work, "moe-lora", work / "refused", DORA)
     with pytest.raises(RuntimeError, match="--use_dora true reaches no MLP or router"):
-        run_ranks(1, run_training, flags)
+        run_command("sft", 1, flags)
     unused = {"rank_pattern": '{"linear_x": 2}'}
     flags = lora_runs.flags(work, "dense-lora", work / "refused", unused)
     with pytest.raises(RuntimeError, match="--rank_pattern linear_x fits no module"):
-        run_ranks(1, run_training, flags)
+        run_command("sft", 1, flags)

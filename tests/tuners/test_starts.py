@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from swiftmeg.tuners.peft_format import Factors, HFAdapters
-from tests.layouts.test_training import relative, run_training, transformers_loss
 from tests.ranks import run_ranks
-from tests.tuners.lora_runs import TENSOR, adapters, flags, train, write_inputs
+from tests.references import relative, transformers_loss
+from tests.runs import TENSOR, command, export, run
+from tests.tuners.lora_runs import adapters, flags, train, write_inputs
 from tests.tuners.peft_made import base_model, logits, make, reload
-from tests.tuners.test_adapters import export
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,7 +68,7 @@ def test_training_starts_where_peft_left(work: Path, case: str) -> None:
     wanted = logits(peft)
     for name, changes in (("lazy", {}), ("whole", {"test_convert_precision": "true"})):
         merged = export(
-            work, f"{case}-{name}", 2, mcore_adapters=work / case, to_hf="true", **TENSOR | changes
+            work / f"{case}-{name}", 2, mcore_adapters=work / case, to_hf="true", **TENSOR | changes
         )
         found = logits(base_model(merged))
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
@@ -91,7 +91,7 @@ def test_export_keeps_added_rows(work: Path, case: str) -> None:
         json.dumps(json.loads((work / model / "tokenizer_config.json").read_text()) | {"mark": 1})
     )
     merged = export(
-        *(work, f"grown-{case}-merged", 2),
+        *(work / f"grown-{case}-merged", 2),
         adapters=made,
         model=work / model,
         merge_lora="true",
@@ -105,7 +105,7 @@ def test_export_keeps_added_rows(work: Path, case: str) -> None:
     assert (logits(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert json.loads((merged / "tokenizer_config.json").read_text())["mark"] == 1
     with pytest.raises(RuntimeError, match=r"vocab_size 1033.*merge it with --to_hf true first"):
-        export(work, "no", adapters=made, model=work / model, merge_lora="true", to_mcore="true")
+        export(work / "no", adapters=made, model=work / model, merge_lora="true", to_mcore="true")
 
 
 UNTRAINABLE: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -124,7 +124,7 @@ def test_what_can_only_be_merged_is_refused(work: Path, tmp_path: Path, case: st
     made = make(work / model, tmp_path / "made", **{"target_modules": ALONE} | settings)
     argv = flags(work, model, tmp_path / "run", STILL | {"adapters": made})
     with pytest.raises(RuntimeError, match=f"{named}.*merge it by swift export"):
-        run_ranks(1, run_training, argv)
+        run("sft", 1, argv)
 
 
 def test_what_travels_between_ranks_is_no_larger_than_it_is() -> None:
@@ -140,7 +140,7 @@ def train_and_listen(argv: list[str]) -> str:
     """`megatron sft` on one rank; returns what it printed."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        run_training(argv)
+        command("sft", argv)
     return said.getvalue()
 
 
