@@ -12,6 +12,7 @@ import difflib
 import inspect
 import json
 import logging
+import math
 import re
 import textwrap
 import types
@@ -72,9 +73,12 @@ def _json_object(text: str) -> dict[str, Any]:
 def _number(kind: type) -> Any:
     def convert(text: str) -> Any:
         try:
-            return kind(text)
-        except ValueError:
-            word = {int: "a whole number", float: "a number"}[kind]
+            value = kind(text)
+            if not math.isfinite(value):
+                raise ValueError
+            return value
+        except (ValueError, OverflowError):
+            word = {int: "a whole number", float: "a finite number"}[kind]
             raise argparse.ArgumentTypeError(f"{text!r} is not {word}") from None
 
     return convert

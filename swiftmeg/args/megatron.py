@@ -32,6 +32,9 @@ class TrainingArguments(MegatronFlags):
     """Submodules for selective recomputation. None: core_attn."""
     deterministic_mode: bool = False
     """Choose kernels that give the same bits in every run."""
+    no_check_for_nan_in_loss_and_grad: bool = False
+    """Go on after a loss or gradient norm that is not finite; weights that are not are never
+    saved."""
     log_interval: int = 5
     """Steps between log lines; the first step is logged too."""
     tensorboard_dir: str | None = None

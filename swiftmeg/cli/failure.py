@@ -6,6 +6,7 @@ of the job, once and last.
 """
 
 import contextlib
+import errno
 import faulthandler
 import json
 import os
@@ -15,44 +16,70 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+from swiftmeg.claim import discard_unused
 from swiftmeg.errors import UserError
 from swiftmeg.orphans import die_with
 
 LAUNCHER_PID = "SWIFTMEG_LAUNCHER_PID"
 """Environment variable that tells a rank which process launched it."""
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a file cannot grow."""
+
 
 def guarded(action: Callable[[], int | None]) -> int:
     """Run `action`; return the process's exit code after showing or recording its failure.
 
-    UserError: its message on one line, code 1. Any other exception: the traceback, code 1.
+    UserError: its message on one line and its code, which is 1, or 3 for a run that diverged. Any
+    other exception: the traceback, code 1.
     Ctrl-C: 130. A reader that closed our standard output (`| head`): 141, silently.
     In a rank that the launcher started, a failure ends the process here and now.
     """
     launched = LAUNCHER_PID in os.environ
     if launched:
         _behave_as_rank(int(os.environ[LAUNCHER_PID]))
+    failure: UserError | None
+    text = ""
     try:
         code = action() or 0
         sys.stdout.flush()
         return code
-    except UserError as error:
-        text, is_user_error = str(error), True
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except SystemExit as error:
         if not isinstance(error.code, str):
             return error.code or 0
-        text, is_user_error = error.code, True
-    except Exception:
+        failure = UserError(error.code)
+    except BaseException as error:
         if _stdout_is_closed():
             return 128 + signal.SIGPIPE
-        text, is_user_error = traceback.format_exc(), False
+        failure = _as_user_error(error)
+        text = traceback.format_exc()
+    finally:
+        discard_unused()
+    is_user_error = failure is not None
+    code = failure.exit_code if failure is not None else 1
     if launched:
-        _record_and_leave(text, is_user_error)
-    show(text, is_user_error)
-    return 1
+        _record_and_leave(str(failure or text), is_user_error, code)
+    show(str(failure or text), is_user_error)
+    return code
+
+
+def _as_user_error(error: BaseException) -> UserError | None:
+    """What a user can do something about in an exception; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        where = f"{error.filename}: " if error.filename else ""
+        return UserError(
+            f"{where}{os.strerror(error.errno)}: make room and start again: what was complete "
+            "before is whole, and what was being written does not count"
+        )
+    # torch's readers and writers of checkpoints gather what failed on each rank.
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    return next((found for cause in causes if (found := _as_user_error(cause))), None)
 
 
 def show(text: str, is_user_error: bool, rank: int | None = None) -> None:
@@ -75,7 +102,7 @@ def _behave_as_rank(launcher: int) -> None:
     die_with(launcher)
 
 
-def _record_and_leave(text: str, is_user_error: bool) -> None:
+def _record_and_leave(text: str, is_user_error: bool, code: int) -> NoReturn:
     """Write torchelastic's error file, then end without any teardown.
 
     Leaving a process group that lost a member can block for minutes, hence `os._exit`.
@@ -94,7 +121,7 @@ def _record_and_leave(text: str, is_user_error: bool) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _stdout_is_closed() -> bool:

@@ -5,6 +5,7 @@ whose agent does the work. What is added: the first failure of the job is shown 
 ranks that are stuck in a collective are killed after seconds, and nothing outlives the launcher.
 """
 
+import contextlib
 import logging
 import os
 import shlex
@@ -13,11 +14,13 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swiftmeg.claim import CLAIMS, remove_unused
 from swiftmeg.cli.failure import LAUNCHER_PID, show
 from swiftmeg.errors import UserError
 
@@ -161,7 +164,7 @@ def _run(job: Topology, worker: Sequence[str]) -> int:
     # Waiting for the first node happens in C++, where Python's Ctrl-C would not arrive. No rank
     # exists yet, so to die is enough; the agent installs its own handlers with the ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    with tempfile.TemporaryDirectory(prefix="swiftmeg_ranks_") as records:
+    with tempfile.TemporaryDirectory(prefix="swiftmeg_ranks_") as records, _claims(records):
         agent = Agent(
             WorkerSpec(
                 role="default",
@@ -189,6 +192,18 @@ def _run(job: Topology, worker: Sequence[str]) -> int:
     if not result.failures:
         return 0
     return _show_first_failure(result.failures, agent.first_deaths or {})
+
+
+@contextlib.contextmanager
+def _claims(records: str) -> Iterator[None]:
+    """Let ranks say what folders they make, and remove those that they leave empty."""
+    claims = Path(records) / "claims"
+    os.environ[CLAIMS] = str(claims)
+    try:
+        yield
+    finally:
+        listed = claims.read_text().splitlines() if claims.is_file() else []
+        remove_unused([Path(line) for line in listed])
 
 
 def _show_first_failure(

@@ -79,6 +79,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
     args.model, args.output_dir = model.named, str(target)
     platform.prepare()
+    from swiftmeg.export.chat_template import write_chat_template
     from swiftmeg.export.hf_files import HFWeights
     from swiftmeg.export.hf_reader import HFSupply
     from swiftmeg.export.hf_writer import save_hf
@@ -133,6 +134,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         read = distributed.gathered(supply.bytes_read)
         if first:
             _write_args(unfinished, args, sources)
+            if args.to_hf:
+                write_chat_template(unfinished, model, args)
             one = f", at most {max(read) / 1e9:.3f} GB by one process" if len(read) > 1 else ""
             print(f"read {sum(read) / 1e9:.3f} GB of weights{one}", flush=True)
     distributed.barrier()

@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,14 @@ def save_hf(
     max_shard_bytes: int = 5 * 10**9,
     overrides: dict[str, Any] | None = None,
     weights: Weights | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the model's weights as `dtype` safetensors into `folder`, files of `source` beside.
 
     Every rank writes a share of its own at the same time, one tensor in memory. Collective: all
     ranks call it. Vocabulary padding and copies (tied heads, data-parallel replicas) are left out.
     The folder appears under its name when it is complete. `weights` knows the values of weights
-    that have none yet.
+    that have none yet. `beside` writes more files into the folder, on the first rank.
     """
     plan = {each.mcore: each for each in family.plan(config)}
     written = [live for live in live_weights(models) if live.name != OUTPUT or OUTPUT in plan]
@@ -81,6 +82,8 @@ def save_hf(
     with building(folder, first) as unfinished:
         if first:
             copy_model_files(source, unfinished, dtype, overrides or {})
+        if beside is not None:
+            beside(unfinished)
         torch.distributed.barrier()
         values = weights or Whole()
         with values.in_turn():

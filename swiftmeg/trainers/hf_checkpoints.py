@@ -1,8 +1,11 @@
 """--save_safetensors: Hugging Face's form beside each checkpoint."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
+from swiftmeg.args.resolve import write_args_file
+from swiftmeg.export.chat_template import write_chat_template
 from swiftmeg.export.hf_writer import save_hf
 from swiftmeg.models.build import dims_of
 from swiftmeg.observer import Observer
@@ -28,5 +31,11 @@ class HFCheckpoints(Observer):
             *(models, folder, model.folder, model.family, model.config, dims),
             dtype=self.megatron.params_dtype,
             overrides=model.overrides,
+            beside=self._write_prompt,
         )
         gc.collect()
+
+    def _write_prompt(self, folder: Path) -> None:
+        """Say how the model was asked, to `swift infer` and to transformers."""
+        write_args_file(folder, self.run.args, self.run.sources)
+        write_chat_template(folder, self.run.model, self.run.args)

@@ -1,28 +1,37 @@
 """A run's output folder."""
 
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from swiftmeg import distributed, platform
+from swiftmeg import distributed
 from swiftmeg.args.resolve import write_args_file
+from swiftmeg.claim import claim_version, lock
+from swiftmeg.errors import UserError
 from swiftmeg.trainers.log import TokenCounter
 from swiftmeg.trainers.method import Run
 
 
-def next_version(root: Path, add_version: bool) -> Path:
-    """The run's output folder, `root/vN-time` with the next free N; the same on every rank."""
-    if not add_version:
-        return root
-    found = [re.match(r"v(\d+)", path.name) for path in root.glob("v*")]
-    number = max((int(match[1]) for match in found if match), default=-1) + 1
-    name = [f"v{number}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    import torch
+def claim_folder(root: Path, add_version: bool) -> Path:
+    """The run's output folder, `root` or a new `root/vN-time`, which no other run writes to.
 
-    torch.distributed.broadcast_object_list(name, src=0, device=platform.device())
-    return root / name[0]
+    The same on every rank; collective. UserError, on every rank, if another run has it.
+    """
+    claimed: Path | UserError | None = None
+    if distributed.on_rank_zero():
+        try:
+            if add_version:
+                claimed = claim_version(root)
+            else:
+                lock(root)
+                claimed = root
+        except UserError as error:
+            claimed = error
+    claimed = distributed.gathered(claimed)[0]
+    if isinstance(claimed, UserError):
+        raise claimed
+    assert claimed is not None
+    return claimed
 
 
 def open_with_data(run: Run, megatron: Any, counter: TokenCounter) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from swiftmeg import distributed, platform
 from swiftmeg.args.resolve import describe
+from swiftmeg.claim import release
 from swiftmeg.global_batch import on_global_batch
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.vocabulary import untrained_rows
@@ -40,9 +41,9 @@ def train(
     for warning in (nothing_left(args, start.data.train_iters), untrained_rows(args)):
         if warning and distributed.on_rank_zero():
             print(f"warning: {warning}", flush=True)
-    from swiftmeg.trainers.output import next_version  # behind Megatron's import
+    from swiftmeg.trainers.output import claim_folder  # behind Megatron's import
 
-    folder = next_version(save_root(args, model), args.add_version)
+    folder = claim_folder(save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():
         print(describe(args, sources), flush=True)
@@ -91,6 +92,7 @@ def _run_loop(run: Run, observers: list[Observer] | None) -> None:
     for each in watching:
         each.ended()
     distributed.barrier()
+    release(run.folder)
     distributed.shut_down()
 
 
@@ -113,12 +115,14 @@ def _compare_with_saved(run: Run, megatron: Any) -> None:
 
 def _observers(run: Run, megatron: Any, counter: Any) -> list[Observer]:
     from swiftmeg.trainers.curves import Curves
+    from swiftmeg.trainers.divergence import Divergence
     from swiftmeg.trainers.hf_checkpoints import HFCheckpoints
     from swiftmeg.trainers.log import RunLog
     from swiftmeg.trainers.training_data import DataPosition
 
     return [
         DataPosition(run.data, megatron),
+        Divergence(run, megatron),
         CheckpointFolder(run.folder, run.args.save_total_limit),
         RunLog(run.folder, megatron, counter),
         *([HFCheckpoints(run, megatron)] if run.args.save_safetensors else []),

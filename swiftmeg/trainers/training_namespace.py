@@ -101,6 +101,9 @@ def training_namespace(
     # Megatron switches it off without a worker of its own, which takes tensors over shared memory:
     # on CPUs training would change them while they are written. There a forked process writes.
     namespace.async_save = args.async_save
+    # Megatron would run the step again, and save the weights of a run that has diverged:
+    # trainers/divergence.py ends it.
+    namespace.check_for_nan_in_loss_and_grad = False
     namespace.moe_grouped_gemm = bool(namespace.num_experts) and args.moe_grouped_gemm
     _keep_lists(namespace, args)
     return namespace

@@ -66,6 +66,7 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
         _check_tables(args, model, base)
     platform.prepare()
 
+    from swiftmeg.export.chat_template import write_chat_template
     from swiftmeg.export.hf_writer import save_hf
     from swiftmeg.export.model import build_model, save_mcore
     from swiftmeg.export.precision import compare_logits
@@ -115,6 +116,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
             save_mcore(models, unfinished, weights)
         if first:
             _write_args(unfinished, adapters, args, sources)
+            if args.to_hf:
+                write_chat_template(unfinished, model, args)
     distributed.barrier()
     distributed.shut_down()
 

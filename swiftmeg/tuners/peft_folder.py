@@ -10,6 +10,7 @@ from torch import Tensor
 from swiftmeg import distributed
 from swiftmeg.args.resolve import read_args_file, write_args_file
 from swiftmeg.export.atomic_folder import publish
+from swiftmeg.export.chat_template import write_chat_template
 from swiftmeg.models.hf import HFModel
 from swiftmeg.models.layout import Dims
 from swiftmeg.tuners.hf_form import to_hf_form
@@ -27,6 +28,9 @@ def save_peft(models: list[Any], folder: Path, args: Any, model: HFModel, dims: 
         shutil.rmtree(unfinished, ignore_errors=True)
         write_folder(unfinished, adapters, args, base_folder(args, model), model)
         write_args_file(unfinished, args, {})
+        if args.template is not None or args.system is not None:
+            model.tokenizer().save_pretrained(unfinished)
+        write_chat_template(unfinished, model, args)
         publish(unfinished, folder)
     distributed.barrier()
 

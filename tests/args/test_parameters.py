@@ -372,6 +372,9 @@ MEGATRON: dict[str, Row] = {
     "no_load_rng": Sets(True, "no_load_rng"),
     "ckpt_format": Refused("zarr", "--ckpt_format: invalid choice: 'zarr'.*torch_dist"),
     "auto_detect_ckpt_format": Sets(False, "auto_detect_ckpt_format"),
+    "no_check_for_nan_in_loss_and_grad": ShownBy(
+        "tests/trainers/test_divergence.py", "test_a_run_goes_on_where_it_is_told_to"
+    ),
     "exit_on_missing_checkpoint": Sets(False, "exit_on_missing_checkpoint"),
     "no_initialization": Sets(True, "perform_initialization", False),
     "distributed_backend": Refused("nccl", "--distributed_backend nccl: .* gloo without GPUs"),

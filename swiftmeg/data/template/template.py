@@ -89,7 +89,7 @@ class Template:
         if use_chat_template and name != GENERATION:
             self._renderer = ChatRenderer(tokenizer, name)
         _check_agent_template(agent_template, self.chat)
-        self.system = _read_system(system)
+        self.system = read_system(system)
         if self.system is None and self.chat is not None:
             self.system = self.chat.system
         self._tokens = SpanTokenizer(tokenizer)
@@ -424,7 +424,8 @@ def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
     )
 
 
-def _read_system(system: str | None) -> str | None:
+def read_system(system: str | None) -> str | None:
+    """Return the text of a system prompt, which may stand in a .txt file."""
     if system is None:
         return None
     if system.endswith(".txt"):
