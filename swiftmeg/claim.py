@@ -28,6 +28,17 @@ _held: dict[Path, TextIO] = {}
 """Locks of this process; closing one gives it up."""
 
 
+def claim(root: Path, add_version: bool) -> Path:
+    """The folder of a run, `root` or a new `root/vN-time`, which no other run writes to.
+
+    UserError if another run has it, or it cannot be made.
+    """
+    if add_version:
+        return claim_version(root)
+    lock(root)
+    return root
+
+
 def claim_version(root: Path) -> Path:
     """Make `root/vN-time` with the next free N, of which runs that start together get one each.
 

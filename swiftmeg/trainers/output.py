@@ -6,7 +6,7 @@ from typing import Any
 
 from swiftmeg import distributed
 from swiftmeg.args.resolve import write_args_file
-from swiftmeg.claim import claim_version, lock
+from swiftmeg.claim import claim
 from swiftmeg.errors import UserError
 from swiftmeg.trainers.log import TokenCounter
 from swiftmeg.trainers.method import Run
@@ -20,11 +20,7 @@ def claim_folder(root: Path, add_version: bool) -> Path:
     claimed: Path | UserError | None = None
     if distributed.on_rank_zero():
         try:
-            if add_version:
-                claimed = claim_version(root)
-            else:
-                lock(root)
-                claimed = root
+            claimed = claim(root, add_version)
         except UserError as error:
             claimed = error
     claimed = distributed.gathered(claimed)[0]

@@ -147,11 +147,12 @@ def save_root(context: Context) -> Any:
 
 
 def versioned(context: Context) -> Any:
-    from swiftmeg.trainers.output import next_version
+    from swiftmeg.claim import claim, release
 
-    if context.args.add_version:
-        return "versioned"
-    return "flat" if next_version(Path("out"), False) == Path("out") else "versioned"
+    root = Path("out-of-claims").resolve()
+    folder = claim(root, context.args.add_version)
+    release(root)
+    return "flat" if folder == root else "versioned"
 
 
 def written_token(context: Context) -> Any:
