@@ -25,7 +25,7 @@ from tests.matrix.harness import transformers_step as transformers
 from tests.matrix.mutations import MUTATIONS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "exactness.md"
-KEYS = ("lm loss", "grad_norm", "gradients", "weights")
+KEYS = ("loss", "grad_norm", "gradients", "weights")
 
 INTRODUCTION = f"""\
 # Exactness

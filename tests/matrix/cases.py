@@ -36,7 +36,22 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 """Flags of a model, in every run of it."""
 
-MODELS |= {name: MODELS[name.removesuffix("-lora")] for name in EXTRA if name.endswith("-lora")}
+DPO = {"rlhf_type": "dpo", "max_length": 300}
+LIVE = LORA | {"precompute_ref_log_probs": "false"}
+EXTRA |= {
+    "dpo-dense": DPO,
+    "dpo-moe": DPO | EXPERTS,
+    "dpo-mla": DPO | EXPERTS,
+    "dpo-dense-lora": DPO | LIVE,
+    "dpo-moe-lora": DPO | LIVE | EXPERTS | {"target_modules": "all-linear all-router"},
+    "dpo-mla-lora": DPO | LIVE | EXPERTS,
+}
+
+MODELS |= {
+    name: MODELS[name.removeprefix("dpo-").removesuffix("-lora")]
+    for name in EXTRA
+    if name not in MODELS
+}
 
 MAX_LENGTH = 150
 FORMS: dict[str, dict[str, Any]] = {
@@ -45,6 +60,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "packed": {"packing": "true", "max_length": MAX_LENGTH, "global_batch_size": 8},
 }
 """Each step trains on all sixteen rows, which make eight packs, so all forms have one reference."""
+
+PAIR_FORMS: dict[str, dict[str, Any]] = {
+    "padded": {"padding_free": "false", "global_batch_size": 8},
+    "padding_free": {"padding_free": "true", "global_batch_size": 8},
+    "packed": {"packing": "true", "global_batch_size": 4},
+}
+"""Eight pairs make packs of one, two, two and three."""
 
 SIZES = {
     "tp": "tensor_model_parallel_size",
@@ -96,6 +118,11 @@ class Row:
         return self.model.endswith("-lora")
 
     @property
+    def method(self) -> str:
+        """The training method's name."""
+        return "dpo" if self.model.startswith("dpo-") else "sft"
+
+    @property
     def world(self) -> int:
         """Processes."""
         sizes = self.sizes
@@ -106,7 +133,7 @@ class Row:
         """What the row adds to the command."""
         flags = (
             EXTRA.get(self.model, {})
-            | FORMS[self.form]
+            | (PAIR_FORMS if self.method == "dpo" else FORMS)[self.form]
             | {"micro_batch_size": self.micro_batch_size}
         )
         for word, size in self.sizes.items():
@@ -247,6 +274,55 @@ MLA_LORA = """
   tp2 sp cp2 ep2 etp1 | packed    | 2
 """
 
+DPO_DENSE = """
+                   | padded       | 4
+*                  | packed       | 1
+* dp2              | packed       | 2
+* tp2 sp           | padded       | 4
+  tp2              | padding_free | 2
+* pp2 vpp2         | packed       | 1
+* pp2 cp2          | packed       | 2
+* cp2              | padded       | 2
+  cp4              | packed       | 1
+  tp2 sp pp2 cp2   | packed       | 1
+  tp2 sp dp2 overlap | padding_free | 2
+"""
+
+DPO_MOE = """
+                   | padded       | 4
+* ep2 dp2          | padding_free | 2
+* tp2 sp ep2 etp1  | packed       | 1
+* cp2 ep2          | packed       | 2
+  pp2 ep2 dp2      | packed       | 1
+"""
+
+DPO_MLA = """
+                   | padding_free | 2
+* ep2 dp2          | packed       | 2
+  tp2 sp           | padded       | 4
+* cp2              | padding_free | 2
+  pp2              | packed       | 2
+"""
+
+DPO_DENSE_LORA = """
+                   | padded       | 4
+* tp2 sp           | packed       | 1
+* pp2 vpp2         | padded       | 2
+  cp2 dp2          | packed       | 2
+  tp2 sp pp2 cp2   | padding_free | 1
+"""
+
+DPO_MOE_LORA = """
+                   | packed       | 2
+* ep2 dp2          | padding_free | 2
+  tp2 sp ep2 etp1  | padded       | 2
+"""
+
+DPO_MLA_LORA = """
+* cp2              | packed       | 2
+  tp2 sp ep2 etp1  | padding_free | 1
+"""
+
 ROWS = [
     *_table("dense", DENSE),
     *_table("dense-qk", DENSE_QK),
@@ -256,6 +332,12 @@ ROWS = [
     *_table("dense-qk-lora", DENSE_QK_LORA),
     *_table("moe-lora", MOE_LORA),
     *_table("mla-lora", MLA_LORA),
+    *_table("dpo-dense", DPO_DENSE),
+    *_table("dpo-moe", DPO_MOE),
+    *_table("dpo-mla", DPO_MLA),
+    *_table("dpo-dense-lora", DPO_DENSE_LORA),
+    *_table("dpo-moe-lora", DPO_MOE_LORA),
+    *_table("dpo-mla-lora", DPO_MLA_LORA),
 ]
 
 
@@ -265,6 +347,7 @@ def write_inputs(folder: Path, models: set[str], **changes: Any) -> None:
         family, sizes = MODELS[name]
         save_model(folder / name, family, **sizes | changes)
     write_rows(folder)
+    write_pairs(folder)
 
 
 def write_rows(folder: Path) -> None:
@@ -280,3 +363,21 @@ def write_rows(folder: Path) -> None:
         turns[1]["content"] = (answer * 2)[: spare - spare // 3]
         lines.append(json.dumps({"messages": turns}))
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+
+
+PAIR_TOKENS = ((150, 140), (100, 60), (50, 100), (98, 52), (40, 90), (30, 68), (60, 38), (49, 49))
+"""Tokens of both sides of each pair."""
+
+
+def write_pairs(folder: Path) -> None:
+    """Write preference pairs with awkward answers to pairs.jsonl."""
+    lines = []
+    for i, sides in enumerate(PAIR_TOKENS):
+        frame = sum(len(role) + 4 for role in ("user", "assistant"))
+        question = f"{i}" + "?" * (i % 5)
+        spare = [size - frame - len(question) for size in sides]
+        chosen = ("ab c"[: 1 + i % 4] * 150)[: spare[0]]
+        rejected = ("dcb e"[: 1 + i % 5] * 150)[: spare[1]]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": chosen}]
+        lines.append(json.dumps({"messages": turns, "rejected_response": rejected}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")

@@ -23,6 +23,10 @@ from tests.ranks import run_ranks
 BOUND = 1e-5
 """Largest difference, relative to the norm of what is compared, in float32."""
 
+LOSS = "lm loss"
+OF_PAIRS = ("logps/chosen", "logps/rejected", "nll_loss", "logits/chosen", "entropy")
+"""What is compared of the log beside the loss, where it has it."""
+
 STEPS = 2
 ONE = Row("", "", "padding_free")
 
@@ -32,7 +36,7 @@ def flags(work: Path, row: Row, save: Path, extra: dict[str, Any]) -> list[str]:
     settings = (
         {
             "model": work / row.model,
-            "dataset": work / "rows.jsonl",
+            "dataset": work / ("pairs.jsonl" if row.method == "dpo" else "rows.jsonl"),
             "train_iters": STEPS,
             "lr": 3e-3,
             "lr_decay_style": "constant",
@@ -55,23 +59,25 @@ def flags(work: Path, row: Row, save: Path, extra: dict[str, Any]) -> list[str]:
     return [word for pair in pairs for word in pair]
 
 
-def train_row(argv: list[str], out: str, mutate: Callable[[], None] | None) -> list[str]:
-    """`megatron sft` on one rank, with gradients and weights written to `out`.
+def train_row(
+    method_name: str, argv: list[str], out: str, mutate: Callable[[], None] | None
+) -> list[str]:
+    """Train by a method on one rank, with gradients and weights written to `out`.
 
     Returns what is wrong with this rank's copies of parameters.
     """
-    from swiftmeg.args.commands import SftArguments
     from swiftmeg.args.read import read_training_arguments
     from swiftmeg.trainers import curves
     from swiftmeg.trainers.methods import METHODS
     from swiftmeg.trainers.run import train
 
-    args, sources, model = read_training_arguments(SftArguments, argv, "megatron sft")
+    method = METHODS[method_name]
+    args, sources, model = read_training_arguments(method.arguments, argv, method_name)
     curves.draw_curves = lambda *args: None
     if mutate is not None:
         mutate()
     kept = Keeper(args, model, Path(out))
-    train(args, sources, model, METHODS["sft"], [kept])
+    train(args, sources, model, method, [kept])
     return kept.faults
 
 
@@ -194,7 +200,7 @@ def run(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     argv = flags(work, row, folder / "run", extra)
-    faults = run_ranks(row.world, train_row, argv, str(folder), mutate)
+    faults = run_ranks(row.world, train_row, row.method, argv, str(folder), mutate)
     lines = (folder / "run" / "logging.jsonl").read_text().splitlines()
     return {
         "folder": folder,
@@ -219,8 +225,9 @@ def check_trained(found: dict[str, Any]) -> list[str]:
     first, last = found["lines"][0], found["lines"][-1]
     faults = [name for name, gradient in found["gradients"].items() if not gradient.norm() > 1e-9]
     reasons = [f"no gradient: {', '.join(faults)}"] if faults else []
-    if not last["lm loss"] < 0.99 * first["lm loss"]:
-        reasons.append(f"the loss stays at {first['lm loss']}")
+    loss = LOSS if LOSS in first else "loss"
+    if not last[loss] < 0.99 * first[loss]:
+        reasons.append(f"the loss stays at {first[loss]}")
     if not first["grad_norm"] > 0:
         reasons.append("the gradient norm is zero")
     return reasons
@@ -235,9 +242,11 @@ def one_step(found: dict[str, Any]) -> dict[str, Any]:
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """The largest relative difference, and where, of losses, norms, gradients and weights."""
     result = {}
-    for key in ("lm loss", "grad_norm"):
+    first = expected["lines"][0]
+    loss = LOSS if LOSS in first else "loss"
+    for key in (loss, "grad_norm", *(name for name in OF_PAIRS if name in first)):
         pairs = zip(found["lines"], expected["lines"], strict=True)
-        result[key] = max(
+        result["loss" if key == loss else key] = max(
             (_relative(a[key], b[key]), f"step {i + 1}") for i, (a, b) in enumerate(pairs)
         )
     for kind in ("gradients", "weights"):
@@ -288,6 +297,46 @@ def _published(parameters: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{folder}.{expert}.{each}.weight", piece
 
 
+def log_probabilities(network: Any, ids: Any, labels: Any) -> torch.Tensor:
+    """Those of the trained tokens of one row, [trained]."""
+    logits = network(torch.tensor(ids)[None]).logits[0, :-1]
+    labels = torch.tensor(labels).long()[1:]
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return -losses[labels != -100]
+
+
+def mean_of_tokens(network: Any, rows: Path, template: Any) -> torch.Tensor:
+    """The mean cross entropy of all trained tokens."""
+    found = []
+    for line in rows.read_text().splitlines():
+        encoded = template.encode(json.loads(line))
+        found.append(log_probabilities(network, encoded["input_ids"], encoded["labels"]))
+    return -torch.cat(found).mean()
+
+
+def mean_of_pairs(
+    network: Any, reference: Any, pairs: Path, tokenizer: Any
+) -> dict[str, torch.Tensor]:
+    """DPO's loss with the default beta and rpo_alpha, and what is logged beside it."""
+    from swiftmeg.data.template.pairs import PairTemplate
+
+    template = PairTemplate(tokenizer, loss_scale="last_round")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    losses, chosen_tokens, sums = [], [], []
+    for pair in template.encode_many(rows):
+        sides = [log_probabilities(network, *side[:2]) for side in pair]
+        with torch.no_grad():
+            frozen = [log_probabilities(reference, *side[:2]) for side in pair]
+        ratios = [a.sum() - b.sum() for a, b in zip(sides, frozen, strict=True)]
+        losses.append(-torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1])))
+        chosen_tokens.append(sides[0])
+        sums.append([side.sum().detach() for side in sides])
+    nll = -torch.cat(chosen_tokens).mean()
+    chosen, rejected = torch.tensor(sums).mean(dim=0)
+    loss = torch.stack(losses).mean() + nll
+    return {"loss": loss, "nll_loss": nll, "logps/chosen": chosen, "logps/rejected": rejected}
+
+
 def transformers_step(work: Path, model: str, found: dict[str, Any]) -> dict[str, Any]:
     """Loss and gradients of all rows in the step of `found` that has gradients.
 
@@ -297,21 +346,20 @@ def transformers_step(work: Path, model: str, found: dict[str, Any]) -> dict[str
 
     from swiftmeg.data.template.template import Template
 
-    template = Template(AutoTokenizer.from_pretrained(work / model))
+    tokenizer = AutoTokenizer.from_pretrained(work / model)
     network = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(work / model, dtype=torch.float32)
     if found["step"]:
         network = lora.beside(network, found["folder"] / "start")
-    total, count = torch.zeros(()), 0
-    for line in (work / "rows.jsonl").read_text().splitlines():
-        encoded = template.encode(json.loads(line))
-        logits = network(torch.tensor([encoded["input_ids"]])).logits[0, :-1]
-        labels = torch.tensor(encoded["labels"])[1:]
-        total = total + torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count += int((labels != -100).sum())
-    loss = total / count
+    if "lm loss" in found["lines"][0]:
+        losses = {LOSS: mean_of_tokens(network, work / "rows.jsonl", Template(tokenizer))}
+    else:
+        losses = mean_of_pairs(network, reference, work / "pairs.jsonl", tokenizer)
+    loss = next(iter(losses.values()))
     loss.backward()
     norms = [p.grad.norm() for p in network.parameters() if p.grad is not None]
-    line = {"lm loss": float(loss.detach()), "grad_norm": float(torch.stack(norms).norm())}
+    line = {name: float(value.detach()) for name, value in losses.items()}
+    line["grad_norm"] = float(torch.stack(norms).norm())
     named = lora.gradients(network) if found["step"] else _published(network.named_parameters())
     both = dict(named)
     return {"lines": [line], "gradients": both, "weights": both, "copies": []}

@@ -3,6 +3,7 @@
 A mutation runs on every rank before training. `MUTATIONS` says with which row it is shown.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -228,6 +229,61 @@ def merge_without_scale() -> None:
     _replace(merge, "merge", make)
 
 
+def reference_with_adapters() -> None:
+    from swiftmeg.trainers import live_reference
+
+    live_reference.adapters_off = lambda models: contextlib.nullcontext()
+
+
+def swapped_sides() -> None:
+    from swiftmeg.trainers import dpo_training
+
+    def make(original: Any) -> Any:
+        def swapped(*args: Any) -> Any:
+            sums = original(*args)
+            return sums._replace(
+                chosen=sums.rejected,
+                rejected=sums.chosen,
+                ref_chosen=sums.ref_rejected,
+                ref_rejected=sums.ref_chosen,
+            )
+
+        return swapped
+
+    _replace(dpo_training, "pair_sums", make)
+
+
+def mean_of_means_of_pairs() -> None:
+    from swiftmeg.trainers.dpo_training import DpoTraining
+
+    def make(original: Any) -> Any:
+        def loss(self: Any, *args: Any) -> Any:
+            total, count, report = original(self, *args)
+            return total / count.clamp(min=1), count.clamp(max=1), report
+
+        return loss
+
+    _replace(DpoTraining, "_loss", make)
+
+
+def prompts_in_the_sums() -> None:
+    from swiftmeg.trainers import dpo_training
+
+    def make(original: Any) -> Any:
+        def sums(values: Any, batch: Any) -> Any:
+            return original(values, batch | {"labels": batch["labels"].clamp(min=0)})
+
+        return sums
+
+    _replace(dpo_training, "sample_sums", make)
+
+
+def chunks_by_themselves() -> None:
+    from swiftmeg.trainers.sample_sums import _SumOverChunks
+
+    _SumOverChunks.apply = lambda sums: sums  # type: ignore[method-assign]
+
+
 MUTATIONS = [
     Mutation(mean_of_means, "the loss is a mean of means", Row("dense", "", "padding_free", 2)),
     Mutation(train_on_prompts, "prompts are trained on", Row("dense", "", "padded", 4)),
@@ -263,4 +319,13 @@ MUTATIONS = [
              Row("moe-lora", "ep2 dp2", "padded", 4)),
     Mutation(merge_without_scale, "LoRA is merged without its scale",
              Row("dense-lora", "", "padded", 4)),
+    Mutation(reference_with_adapters, "the reference has the adapters",
+             Row("dpo-dense-lora", "", "padded", 4)),
+    Mutation(swapped_sides, "chosen and rejected are swapped", Row("dpo-dense", "", "padded", 4)),
+    Mutation(mean_of_means_of_pairs, "the loss of pairs is a mean of means",
+             Row("dpo-dense", "", "packed", 1)),
+    Mutation(prompts_in_the_sums, "prompts count in answers' log-probabilities",
+             Row("dpo-dense", "", "padded", 4)),
+    Mutation(chunks_by_themselves, "a chunk's log-probabilities are not those of the sample",
+             Row("dpo-dense", "cp2", "packed", 2)),
 ]  # fmt: skip
