@@ -38,7 +38,10 @@ LINE_LIMIT = 32 * 2**20
 _ARROW_FILE = b"ARROW1"
 
 # Files that describe a dataset and often lie beside it.
-_METADATA = {"dataset_dict.json", "dataset_info.json", "dataset_infos.json", "config.json", "state.json"}
+_METADATA = {
+    *("dataset_dict.json", "dataset_info.json", "dataset_infos.json"),
+    *("config.json", "state.json"),
+}
 _SCRATCH = "cache-"  # results that the library datasets keeps beside what it has saved
 _SPACE = re.compile(r"[ \t\n\r]*")
 _CHUNK_BYTES = 8 * 2**20
