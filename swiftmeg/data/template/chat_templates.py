@@ -124,6 +124,32 @@ CHAT_TEMPLATES: dict[str, ChatTemplate] = {
     "deepseek_r1": _DEEPSEEK_R1,
 }
 
+_IM = ("<|im_start|>",)
+_DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>")
+
+UPSTREAM_NAMES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    **dict.fromkeys(("qwen3", "qwen3_thinking", "qwq"), (*_IM, "think")),
+    **dict.fromkeys(("qwen3_nothinking", "qwen3_coder", "qwen2_5_math", "qwq_preview"), _IM),
+    **dict.fromkeys(
+        ("mimo", "mimo_rl", "internlm2", "internlm3", "yi", "yi_coder", "marco_o1"), _IM
+    ),
+    **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_coder"), ("Assistant:",)),
+    **dict.fromkeys(("deepseek_v2_5", "deepseek_v3", "deepseek_v3_1"), _DEEPSEEK),
+    **dict.fromkeys(("glm4", "glm4_0414", "glm4_5", "glm4_z1_rumination"), ("[gMASK]",)),
+    **dict.fromkeys(("llama", "mistral_nemo", "mistral_2501"), ("[INST]",)),
+    **dict.fromkeys(("llama3_1", "llama3_2", "llama3_3", "longwriter_llama"), _LLAMA3.tokens),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ("<start_of_turn>",)),
+    **dict.fromkeys(("moonlight", "kimi_k2"), ("<|im_user|>",)),
+    "gpt_oss": ("<|channel|>",),
+    "dots1": ("<|userprompt|>",),
+    "ernie": ("<|begin_of_sentence|>",),
+    "seed_oss": ("<seed:bos>",),
+    "megrez": ("<|role_start|>",),
+    "phi4": ("<|im_start|>",),
+}
+"""Megatron-SWIFT's names for what tokenizers bring themselves, with what their text must hold."""
+
 
 def find_chat_template(name: str) -> ChatTemplate:
     """Return the template called `name`, or the content of a `.jinja` file.
@@ -136,7 +162,7 @@ def find_chat_template(name: str) -> ChatTemplate:
         except OSError as error:
             raise UserError(f"--template {name}: cannot be read ({error.strerror})") from None
     if name not in CHAT_TEMPLATES:
-        known = ", ".join([*CHAT_TEMPLATES, GENERATION])
+        known = ", ".join([*CHAT_TEMPLATES, GENERATION, *UPSTREAM_NAMES])
         raise UserError(
             f"--template {name}: unknown; accepted: {known}, or the path of a .jinja file; "
             "without --template the tokenizer's own chat template is used"

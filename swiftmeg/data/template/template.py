@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from swiftmeg.data.standard_row import Row, RowError, RowTooLong, messages_of
-from swiftmeg.data.template.chat_renderer import ChatRenderer
+from swiftmeg.data.template.chat_renderer import ChatRenderer, EndlessTemplate
 from swiftmeg.data.template.chat_templates import GENERATION, ChatTemplate
 from swiftmeg.data.template.loss_weights import LossScale, Weighted
 from swiftmeg.data.template.loss_wishes import Choice, Part, Wishes, divide, looked_for, outside
@@ -88,7 +88,7 @@ class Template:
         self._renderer: ChatRenderer | None = None
         if use_chat_template and name != GENERATION:
             self._renderer = ChatRenderer(tokenizer, name)
-        _check_agent_template(agent_template, self.chat)
+        _check_agent_template(agent_template, self._renderer)
         self.system = read_system(system)
         if self.system is None and self.chat is not None:
             self.system = self.chat.system
@@ -115,6 +115,7 @@ class Template:
                 key: str(value) for key, value in self.tokenizer.special_tokens_map.items()
             },
             "jinja": self.chat.jinja if self.chat else None,
+            "tools_jinja": self._renderer.tools_jinja if self._renderer else None,
             "system": self.system,
             "max_length": self.max_length,
             "truncation_strategy": self.truncation_strategy,
@@ -287,6 +288,8 @@ class Template:
                 if choice.strategy == "all" or self._trainable(turn, asked=True in wishes[k])
                 for part in divide(messages, k, text, turn, wanted[k], self._renders(tools))
             ]
+        except EndlessTemplate:
+            raise
         except UserError as error:
             # Either the template rewrites every conversation, or this one holds what it takes
             # for its own markup.
@@ -390,7 +393,7 @@ def _check_choice(flag: str, value: str, accepted: tuple[str, ...]) -> None:
         raise UserError(f"{flag} {value}: unknown; accepted: {', '.join(accepted)}")
 
 
-def _check_agent_template(name: str | None, chat: ChatTemplate | None) -> None:
+def _check_agent_template(name: str | None, renderer: ChatRenderer | None) -> None:
     """UserError unless tools are written as `name` says, or nothing is said."""
     if name is None:
         return
@@ -398,7 +401,7 @@ def _check_agent_template(name: str | None, chat: ChatTemplate | None) -> None:
         raise UserError(
             f"--agent_template {name}: tools are written as the chat template says: drop it"
         )
-    if chat is None or "<tool_call>" not in chat.jinja:
+    if renderer is None or "<tool_call>" not in renderer.tools_jinja:
         raise UserError(
             "--agent_template hermes: the chat template writes no <tool_call>: drop it, or choose "
             "--template chatml, qwen or qwen2_5"
