@@ -1,16 +1,12 @@
 """Give a complete folder its name, so that the name never stands for a mixture of two."""
 
 import contextlib
-import contextlib
 import ctypes
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from collections.abc import Iterator
 from pathlib import Path
-
-from swiftmeg.checkpoint import UNFINISHED
 
 from swiftmeg.checkpoint import UNFINISHED
 
@@ -22,26 +18,6 @@ _HERE = -100
 
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?")
 """Files of weights that are replaced, however many there were."""
-
-
-@contextlib.contextmanager
-def building(folder: Path, writes: bool = True) -> Iterator[Path]:
-    """A hidden folder beside `folder` that becomes it if all goes well, and is removed if not.
-
-    Several ranks may write into it; `writes` is true on the one that makes and publishes it, which
-    the others wait for.
-    """
-    unfinished = folder.parent / f".{folder.name}{UNFINISHED}"
-    try:
-        if writes:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        yield unfinished
-        if writes:
-            publish(unfinished, folder)
-    finally:
-        if writes:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextlib.contextmanager

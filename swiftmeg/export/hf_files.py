@@ -14,7 +14,7 @@ from swiftmeg.export.fp8 import FP8, SCALE, block_size, check_scales, dequantise
 from swiftmeg.export.mxfp4 import BLOCKS, SCALES, is_mxfp4
 from swiftmeg.export.mxfp4 import check_scales as check_mxfp4_scales
 from swiftmeg.export.mxfp4 import dequantise as dequantise_mxfp4
-from swiftmeg.json_files import INDEX, INDEX, read_weight_map
+from swiftmeg.json_files import INDEX, read_weight_map
 from swiftmeg.models.family import Family, HFConfig, Row
 
 _PREFIX = "model."

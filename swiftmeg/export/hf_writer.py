@@ -21,7 +21,7 @@ from swiftmeg.export.safetensors_writer import (
 )
 from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.export.write_shares import Share, shares
-from swiftmeg.json_files import INDEX, INDEX
+from swiftmeg.json_files import INDEX
 from swiftmeg.models.family import OUTPUT, Family, HFConfig, Row
 from swiftmeg.models.layout import Dims
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from swiftmeg.cache import cache_root, content_key, get_or_build
 from swiftmeg.errors import UserError
-from swiftmeg.json_files import INDEX, INDEX, read_weight_map
+from swiftmeg.json_files import INDEX, read_weight_map
 from swiftmeg.models.hf import HFModel, read_model
 from swiftmeg.models.layout import VOCABULARY
 

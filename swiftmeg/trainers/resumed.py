@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from swiftmeg.errors import typed
 from swiftmeg import distributed
 from swiftmeg.args.megatron import LearningRateArguments
 from swiftmeg.args.model import DataArguments, TemplateArguments
