@@ -59,11 +59,11 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     if args.torch_dtype is None:
         args.torch_dtype, sources["torch_dtype"] = model.dtype, "config.json"
     args.model, args.output_dir = model.named, str(target)
-    base = model
+    base, changes = model, ""
     if args.adapters:
         peft = read_adapters(adapters, model)
         model = settle_tables(*peft, model)
-        _check_tables(args, model, base)
+        changes = _changed_tables(args, model, base)
     platform.prepare()
 
     from swiftmeg.export.chat_template import write_chat_template
@@ -77,6 +77,8 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     first = distributed.on_rank_zero()
     if first:
         print(describe(args, sources), flush=True)
+        if changes:
+            print(f"with the adapter's tables config.json says {changes}", flush=True)
     megatron, models = build_model(args, model)
     dims = dims_of(megatron)
     if not args.merge_lora:
@@ -122,16 +124,21 @@ def convert(args: Any, sources: dict[str, str], model: HFModel) -> None:
     distributed.shut_down()
 
 
-def _check_tables(args: Any, model: HFModel, base: HFModel) -> None:
-    """UserError where the adapter changes what a Megatron checkpoint's --model is to say."""
-    changes = {key: model.config[key] for key in ("vocab_size", "tie_word_embeddings")}
-    changes = {key: value for key, value in changes.items() if value != base.config[key]}
-    if changes and args.to_mcore:
-        said = ", ".join(f"{key} {value}" for key, value in changes.items())
+def _changed_tables(args: Any, model: HFModel, base: HFModel) -> str:
+    """What the adapter changes in config.json, in words; empty if nothing.
+
+    UserError where a Megatron checkpoint would name a model that says otherwise.
+    """
+    both = {key: model.config.get(key) for key in ("vocab_size", "tie_word_embeddings")}
+    said = ", ".join(
+        f"{key} {value}" for key, value in both.items() if value != base.config.get(key)
+    )
+    if said and args.to_mcore:
         raise UserError(
             f"--adapters {args.adapters[0]} --to_mcore true: the merged model has {said}, unlike "
             f"--model {args.model}: merge it with --to_hf true first, then convert the result"
         )
+    return said
 
 
 def check_base(folder: Path, args: Any, model: HFModel, megatron: Any) -> None:

@@ -5,6 +5,7 @@ that are its rows of the weight. The weight rows of the model's family say which
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,11 +153,12 @@ def fill_adapters(
         pairs = zip(numbered(adapter.A, adapter), numbered(adapter.B, adapter), strict=True)
         for (number, a), (_, b) in pairs:
             row = plan[f"{each.name}.weight{'' if number is None else number}"]
-            whole_a, whole_b = _join(each, row, adapters, dims)
-            a.copy_(_cut(each, row, adapter.A, whole_a))
-            b.copy_(_cut(each, row, adapter.B, whole_b))
-            if adapter.magnitude is not None:
-                adapter.magnitude.weight.copy_(_lengths(each, row, adapters, dims))
+            with _fitting(row):
+                whole_a, whole_b = _join(each, row, adapters, dims)
+                _copy(a, _cut(each, row, adapter.A, whole_a))
+                _copy(b, _cut(each, row, adapter.B, whole_b))
+                if adapter.magnitude is not None:
+                    _copy(adapter.magnitude.weight, _lengths(each, row, adapters, dims))
             used.update(row.hf)
     for live in _trained(models):
         tied_head = live.name == OUTPUT and live.name not in plan
@@ -166,13 +168,34 @@ def fill_adapters(
         row = plan[name]
         if missing := [name for name in row.hf if name not in adapters.trained]:
             raise UserError(f"the adapter holds no {', '.join(missing)}")
-        joined = row.layout.join([adapters.trained[name] for name in row.hf], dims)
-        live.tensor.copy_(row.layout.shard(joined, live.axis, live.rank, live.group_size))
+        with _fitting(row):
+            joined = row.layout.join([adapters.trained[name] for name in row.hf], dims)
+            _copy(live.tensor, row.layout.shard(joined, live.axis, live.rank, live.group_size))
         used.update(row.hf)
     taken: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(taken, used)
     if left := {*adapters.factors, *adapters.trained}.difference(*taken):
         raise UserError(f"nothing in the model took the adapter's {listed(left)}")
+
+
+@contextmanager
+def _fitting(row: Row) -> Iterator[None]:
+    """UserError with the weights' names where tensors of an adapter have other shapes."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's, of shapes
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the adapter of {', '.join(row.hf)} does not fit the model ({reason}): name the model "
+            "that it was made for"
+        ) from None
+
+
+def _copy(target: Tensor, values: Tensor) -> None:
+    """Copy without repeating anything to fill the target."""
+    if target.shape != values.shape:
+        raise RuntimeError(f"it is {tuple(values.shape)}, the model's {tuple(target.shape)}")
+    target.copy_(values)
 
 
 def _join(each: Attached, row: Row, adapters: HFAdapters, dims: Dims) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """A live model's adapters to PEFT folders, and PEFT's own word on what such a folder computes."""
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def peft_logits(model: Path, folder: Path, ids: Tensor, vocab_size: int) -> Tens
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if base.config.vocab_size != vocab_size:
         base.resize_token_embeddings(vocab_size, mean_resizing=False)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
         both = PeftModel.from_pretrained(base, folder).to(ids.device).eval()
         logits: Tensor = both(ids).logits
     return logits.float()

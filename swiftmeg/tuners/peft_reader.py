@@ -46,6 +46,11 @@ def read_adapters(folder: Path, model: HFModel) -> tuple[AdapterConfig, HFAdapte
 
 def _read_tensors(path: Path) -> Tensors:
     """The tensors of a file, names without PEFT's prefix."""
+    if not path.is_file() and path.with_name("adapter_model.bin").is_file():
+        raise UserError(
+            f"{path.parent} has its tensors in adapter_model.bin: load it with PEFT and save it by "
+            "save_pretrained, which writes safetensors"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -121,7 +126,7 @@ class _Reader:
             same = trained is not None and torch.equal(trained, tensor)
             if trained is None or (match[2] == "modules_to_save" and not same):
                 self.unknown.add(key)
-        elif name is not None:
+        elif name is not None and tensor.dim():
             self.found.trained[name] = tensor
         else:
             self.unknown.add(key)
@@ -137,7 +142,7 @@ class _Reader:
         ends = (end for end in self.config.token_indices if f".{module}".endswith(f".{end}"))
         # The tied head repeats the embedding's rows.
         rows = self.config.token_indices.get(next(ends, EMBEDDING))
-        if name is None or rows is None or len(rows) != len(values):
+        if name is None or rows is None or values.dim() != 2 or len(rows) != len(values):
             self.unknown.add(key)
         else:
             self.found.tokens[name] = rows, values

@@ -53,6 +53,7 @@ class ResidualWeights(HFWeights):
             for name in plan[f"{each.name}.weight"].hf
         }
         """Weights with an adapter here, its rank and scale; PEFT has none beside experts."""
+        self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def parts(self, row: Row) -> list[StoredPart]:
         """The HF tensors of a row, without what the adapters took out of them."""
@@ -63,5 +64,7 @@ class ResidualWeights(HFWeights):
 
     def _residual(self, name: str, whole: StoredPart, values: Tensor, block: Block) -> Tensor:
         rank, scale = self._adapted[name]
-        a, b = first_factors(self._start, whole.read(), rank, scale)
+        if name not in self._found:
+            self._found[name] = first_factors(self._start, whole.read(), rank, scale)
+        a, b = self._found[name]
         return values.float() - scale * (b[block[0]] @ a[:, block[1]])

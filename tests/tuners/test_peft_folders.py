@@ -297,6 +297,13 @@ def test_folders_that_do_not_fit_are_refused_by_name(root: Path, tmp_path: Path,
         merge(root / "llama", folder, tmp_path / "merged")
 
 
+def test_tensors_in_a_pickle_are_refused(root: Path, tmp_path: Path) -> None:
+    folder = make(root / "llama", tmp_path / "adapter", target_modules=QV)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.bin.*save_pretrained"):
+        merge(root / "llama", folder, tmp_path / "merged")
+
+
 @pytest.mark.parametrize(("tables", "saved"), [(TABLES, False), (TABLES[1:], True)])
 def test_tables_without_the_added_rows_are_refused(
     root: Path, tmp_path: Path, tables: list[str], saved: bool

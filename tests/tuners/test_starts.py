@@ -16,7 +16,7 @@ from tests.ranks import run_ranks
 from tests.references import relative, transformers_loss
 from tests.runs import TENSOR, command, export, run
 from tests.tuners.lora_runs import adapters, flags, train, write_inputs
-from tests.tuners.peft_made import base_model, logits, make, reload
+from tests.tuners.peft_made import base_model, edit_tensors, logits, make, reload
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -124,6 +124,15 @@ def test_what_can_only_be_merged_is_refused(work: Path, tmp_path: Path, case: st
     made = make(work / model, tmp_path / "made", **{"target_modules": ALONE} | settings)
     argv = flags(work, model, tmp_path / "run", STILL | {"adapters": made})
     with pytest.raises(RuntimeError, match=f"{named}.*merge it by swift export"):
+        run("sft", 1, argv)
+
+
+def test_factors_of_other_sizes_are_refused(work: Path, tmp_path: Path) -> None:
+    """A single column must not be repeated over all of them."""
+    made = make(work / "llama", tmp_path / "made", target_modules=ALONE)
+    edit_tensors(made, lambda t: {k: v[:, :1] if "lora_A" in k else v for k, v in t.items()})
+    argv = flags(work, "llama", tmp_path / "run", STILL | {"adapters": made})
+    with pytest.raises(RuntimeError, match=r"the adapter of .*o_proj.weight does not fit"):
         run("sft", 1, argv)
 
 
