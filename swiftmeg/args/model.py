@@ -80,6 +80,11 @@ class DataArguments:
     """Processes that read and tokenise rows."""
     dataset_shuffle: bool = True
     """Shuffle the training rows once after all sets are joined."""
+    val_dataset_shuffle: bool = False
+    """Shuffle the validation rows, by --data_seed; without, an evaluation takes them in order."""
+    dataloader_type: Literal["single", "cyclic", "external"] = "cyclic"
+    """Order of rows: `cyclic` shuffles them anew for every epoch, `single` takes every epoch in one
+    order. `external` is the order of a stream, and goes with --streaming true."""
     interleave_prob: list[float] | None = None
     """Draw rows from the sets with these probabilities instead of joining the sets."""
     stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"

@@ -96,7 +96,7 @@ NEEDS = (
     Needs("fp8_param_gather", _is(True), _FP8 | {"use_distributed_optimizer": True}),
     Needs("streaming", _is(True), {"train_iters": "a number, the most steps to make"}),
     Needs("shuffle_buffer_size", _is_not(1000), {"streaming": True}),
-    Needs("packing", _is(True), {"max_length": "the length of a pack"}),
+    Needs("dataloader_type", _is("external"), {"streaming": True}),
 )  # fmt: skip
 """Which flags need others. A wanted value that is text names the choices: any value but None."""
 

@@ -5,10 +5,13 @@ value ends the command with the feature's name or, where there is one, what to u
 """
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from swiftmeg.errors import UserError, typed
+
+logger = logging.getLogger(__name__)
 
 
 class PlannedFlags:
@@ -25,10 +28,6 @@ class PlannedDataArguments(PlannedFlags):
     """Folders of tokenised rows."""
     mlp_padding_free: bool = False
     """Leave padding out of the MLP only."""
-    dataloader_type: Literal["single", "cyclic", "external"] = "cyclic"
-    """Order of rows: cyclic shuffles them anew for every epoch."""
-    val_dataset_shuffle: bool = False
-    """Shuffle the validation rows."""
     remove_unused_columns: bool = True
     """Leave unknown columns of rows behind."""
     padding_side: Literal["right", "left"] = "right"
@@ -81,18 +80,19 @@ OFF: dict[str, tuple[Any, ...]] = {
 }
 """Values that mean "off" beside the default."""
 
+NOTED = {
+    "packing_cache": "packing needs no folder of its own: tokenised rows are kept in "
+    "$SWIFTMEG_CACHE",
+    "padding_side": "rows are padded on the right, where no token attends to it: no loss differs",
+    "response_prefix": "training does not use it: give it to swift infer",
+}
+"""Flags that are taken at any value, because no result depends on them, and what is said."""
+
 REASONS = {
-    "packing_cache": "packing needs no folder of its own; tokenised rows are kept in "
-    "$SWIFTMEG_CACHE: drop it",
     "cached_dataset": "tokenised rows are kept in $SWIFTMEG_CACHE: name the rows by --dataset",
     "mlp_padding_free": "use --padding_free true, which leaves padding out everywhere",
-    "dataloader_type": "rows are shuffled anew for every epoch, from --seed: use cyclic",
-    "val_dataset_shuffle": "an evaluation sees every validation row, so their order is kept: "
-    "drop it",
     "remove_unused_columns": "rows hold the known columns only: drop it",
-    "padding_side": "training pads on the right: use right",
     "template_backend": "chat templates are jinja in any case: drop it",
-    "response_prefix": "it is a flag of swift infer: drop it",
     "model_type": "the family is found by config.json's `architectures`: drop it",
     "task_type": "only causal_lm is supported yet",
     "num_labels": "classifiers are not supported yet",
@@ -131,11 +131,15 @@ def check_planned(args: Any) -> None:
         if each.name not in groups:
             continue
         value = getattr(args, each.name)
-        if value != default_of(each) and value not in OFF.get(each.name, ()):
+        if value in (default_of(each), "", [""], *OFF.get(each.name, ())):
+            continue
+        if each.name in NOTED:
+            logger.info("--%s %s: %s", each.name, typed(value), NOTED[each.name])
+        else:
             raise UserError(f"--{each.name} {typed(value)}: {refusal(each.name, groups)}")
 
 
 def refusal(name: str, groups: dict[str, type[Any]]) -> str:
     """Why flag `name` has no effect yet, and what to do."""
     title = (groups[name].__doc__ or "").splitlines()[0]
-    return REASONS.get(name, f"{title} is not supported yet: drop it")
+    return NOTED.get(name) or REASONS.get(name, f"{title} is not supported yet: drop it")

@@ -52,13 +52,13 @@ ROWS = Encoding(_plain_template, encode_rows, untrained)
 def _template_options(args: Any, max_length: int, vocab_size: int) -> dict[str, Any]:
     return {
         "vocab_size": vocab_size,
-        "name": args.template,
+        "name": args.template or None,
         "system": args.system,
         "max_length": max_length,
         "truncation_strategy": args.truncation_strategy,
         "loss_scale": args.loss_scale or "default",
         "use_chat_template": args.use_chat_template is not False,
-        "agent_template": args.agent_template,
+        "agent_template": args.agent_template or None,
     }
 
 
@@ -89,6 +89,12 @@ def prepare_data(args: Any, model: HFModel, encoding: Encoding = ROWS) -> Traini
         sample_weight=encoding.sample_weight,
     )
     train_rows, validation_rows = _rows(args)
+    if args.packing and not args.max_length:
+        logger.info(
+            "--packing true without --max_length: packs are of %d tokens, the model's "
+            "max_position_embeddings",
+            max_length,
+        )
     options = {"num_proc": args.dataset_num_proc, "strict": args.strict}
 
     def encode(rows: Any) -> Any:
@@ -189,6 +195,8 @@ def _rows(args: Any) -> tuple[Any, Any | None]:
         )
     if args.val_dataset:
         validation, _ = load_rows(args.val_dataset, dataset_shuffle=False, **options)
+    if validation is not None and args.val_dataset_shuffle:
+        validation = validation.shuffle(seed=args.data_seed, keep_in_memory=True)
     return train, validation
 
 

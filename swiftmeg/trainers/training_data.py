@@ -61,6 +61,7 @@ class TrainingData:
             self.collate,
             consumed_samples=megatron.consumed_train_samples,
             seed=self.args.seed,
+            shuffle=self.args.dataloader_type != "single",
             **shared,
         )
 

@@ -269,6 +269,8 @@ DATA: dict[str, Row] = {
     "agent_template": ShownBy("tests/data/test_named_templates.py", 'agent_template="hermes"'),
     "dataset": Changes(["other.jsonl"], train_rows),
     "val_dataset": Changes(["other.jsonl"], validation_rows),
+    "val_dataset_shuffle": Changes(True, validation_rows, flags={"val_dataset": ["other.jsonl"]}),
+    "dataloader_type": ShownBy("tests/trainers/test_data.py", "test_the_order_of_a_single_pass"),
     "split_dataset_ratio": Changes(0.25, lambda c: len(c.data().train), 9),
     "data_seed": Changes(3, train_rows),
     "dataset_num_proc": ShownBy("tests/data/test_encode.py", "test_rows_are_encoded_in_order"),
@@ -477,15 +479,15 @@ MEGATRON: dict[str, Row] = {
 }  # fmt: skip
 
 PLANNED: dict[str, Row] = {
-    "packing_cache": Refused("x", "packing needs no folder of its own"),
+    "packing_cache": ShownBy("tests/trainers/test_data.py", "test_flags_without_effect_are_noted"),
     "cached_dataset": Refused(["x"], "name the rows by --dataset"),
     "mlp_padding_free": Refused(True, "use --padding_free true"),
-    "dataloader_type": Refused("single", "rows are shuffled anew for every epoch.*use cyclic"),
-    "val_dataset_shuffle": Refused(True, "sees every validation row"),
     "remove_unused_columns": Refused(False, "rows hold the known columns only"),
-    "padding_side": Refused("left", "training pads on the right"),
+    "padding_side": ShownBy("tests/trainers/test_data.py", "test_flags_without_effect_are_noted"),
     "template_backend": Refused("jinja", "chat templates are jinja in any case"),
-    "response_prefix": Refused("x", "it is a flag of swift infer"),
+    "response_prefix": ShownBy(
+        "tests/trainers/test_data.py", "test_flags_without_effect_are_noted"
+    ),
     "model_type": Refused("qwen3", "found by config.json's `architectures`"),
     "task_type": Refused("seq_cls", "only causal_lm is supported yet"),
     "num_labels": Refused(2, "classifiers are not supported yet"),

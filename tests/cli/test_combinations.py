@@ -131,7 +131,7 @@ CASES = [
          transformer_impl="transformer_engine"),
     # The rest.
     case("--manual_gc_interval 5 needs --manual_gc true", manual_gc_interval=5),
-    case("--packing true needs --max_length the length of a pack", packing=TRUE),
+    case("--dataloader_type external needs --streaming true", dataloader_type="external"),
     case("--rope_scaling yarn: yarn needs factor: set --max_model_len", rope_scaling="yarn"),
     case("--max_model_len 4096 needs --rope_scaling", max_model_len=4096),
     case("Megatron has no argument num_layer: did you mean", late=True,

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 
+from swiftmeg.args.check import check_training
 from swiftmeg.args.commands import PtArguments, RlhfArguments, SftArguments
 from swiftmeg.args.read import read_training_arguments
 from swiftmeg.cli.data import main as inspect
@@ -165,3 +167,63 @@ def test_rows_that_fill_no_batch_are_said_to_be_left_out(caplog: pytest.LogCaptu
             prepare_data(args, model)
         assert ("left out" in caplog.text) == (said is not None)
         assert (said or "") in caplog.text
+
+
+def test_flags_without_effect_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    save_model(Path("model"), "llama")
+    write("rows.jsonl", TEXTS)
+    args, model = read("--dataset", "rows.jsonl")
+    plain = [row["input_ids"].tolist() for row in prepare_data(args, model).train]
+    for name, value in (
+        ("packing_cache", "somewhere"),
+        ("padding_side", "left"),
+        ("response_prefix", "<think>"),
+    ):
+        with caplog.at_level("INFO"):
+            args, model = read("--dataset", "rows.jsonl", f"--{name}", value)
+        assert f"--{name} {value}: " in caplog.text
+        assert [row["input_ids"].tolist() for row in prepare_data(args, model).train] == plain
+    caplog.clear()
+    empty = ["packing_cache", "response_prefix", "template", "agent_template", "cached_dataset"]
+    args, model = read("--dataset", "rows.jsonl", *(w for n in empty for w in (f"--{n}", "")))
+    assert [row["input_ids"].tolist() for row in prepare_data(args, model).train] == plain
+
+
+@pytest.mark.parametrize("kind", ["single", "cyclic"])
+def test_the_order_of_a_single_pass(kind: str) -> None:
+    save_model(Path("model"), "llama")
+    write("rows.jsonl", [f"answer {index}" for index in range(6)])
+    args, model = read("--dataset", "rows.jsonl", "--dataloader_type", kind)
+    data = prepare_data(args, model)
+    shared = {"micro_batch_size": 1, "global_batch_size": 1, "dp_rank": 0, "dp_size": 1}
+    state = SimpleNamespace(consumed_train_samples=0)
+    batches = [batch for batch, _ in zip(data.batches(state, shared), range(12), strict=False)]
+    order = [batch["input_ids"][0].tolist() for batch in batches]
+    in_order = [row["input_ids"].tolist() for row in data.train]
+    assert (order[:6] == order[6:] == in_order) == (kind == "single")
+    assert sorted(order[6:]) == sorted(in_order)
+
+
+def test_an_external_order_is_that_of_a_stream() -> None:
+    save_model(Path("model"), "llama")
+    write("rows.jsonl", ["yes"] * 3)
+    args, model = read("--dataset", "rows.jsonl", "--streaming", "true",
+                       "--dataloader_type", "external")  # fmt: skip
+    check_training(args, model)
+    prepare_data(args, model)
+    args, model = read("--dataset", "rows.jsonl", "--dataloader_type", "external")
+    with pytest.raises(UserError, match="--dataloader_type external needs --streaming true"):
+        check_training(args, model)
+
+
+def test_packs_without_a_length_are_as_long_as_the_model_allows(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_model(Path("model"), "llama")
+    write("rows.jsonl", ["yes"] * 30)
+    with caplog.at_level("INFO"):
+        args, model = read("--dataset", "rows.jsonl", "--packing", "true")
+        check_training(args, model)
+        data = prepare_data(args, model)
+    assert "packs are of 512 tokens" in caplog.text
+    assert len(data.train) < 30
