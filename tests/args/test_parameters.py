@@ -464,7 +464,7 @@ MEGATRON: dict[str, Row] = {
     "alpha_pattern": Refused({"(": 1}, "not a regular expression", {"train_type": "lora"}),
     "lora_dropout": Refused(1.0, "must be from 0 to below 1", {"train_type": "lora"}),
     **{
-        name: ShownBy("tests/tuners/test_lora.py", f'"{name}"')
+        name: ShownBy("tests/tuners/lora_runs.py", f'"{name}"')
         for name in ("target_modules", "target_regex", "modules_to_save", "lora_bias", "use_rslora")
     },
     "use_dora": ShownBy("tests/tuners/test_dora.py", '"use_dora": "true"'),
