@@ -15,6 +15,7 @@ ALIASES = {
     "sequence_parallel_size": "context_parallel_size",
     "num_virtual_stages_per_pipeline_rank": "virtual_pipeline_model_parallel_size",
     "tuner_type": "train_type",
+    "ddp_backend": "distributed_backend",
     "mcore_adapter": "adapter_load",
     "mcore_adapters": "adapter_load",
     "mcore_ref_model": "ref_load",

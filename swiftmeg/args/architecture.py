@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from swiftmeg.args.model_types import check_model_type
 from swiftmeg.args.moe import ExpertShapeArguments, LatentShapeArguments, check_pattern
 from swiftmeg.errors import UserError
 from swiftmeg.models.arguments import ROPE_TYPES, ropes
@@ -64,6 +65,9 @@ class OverrideArguments:
 class ShapeArguments:
     """Architecture: what must agree with config.json"""
 
+    model_type: str | None = None
+    """Name of the model's type, Megatron-SWIFT's or transformers'; the model's `architectures`
+    say what it is."""
     num_layers: int | None = None
     """Transformer layers."""
     hidden_size: int | None = None
@@ -149,8 +153,9 @@ def _check_shapes(model: HFModel, args: Any) -> None:
         "rotary_percent": built.get("rotary_percent", 1.0),
         "moe_router_topk_scaling_factor": built.get("moe_router_topk_scaling_factor") or 1.0,
     }
+    check_model_type(model, getattr(args, "model_type", None))
     check_pattern(model, getattr(args, "moe_layer_freq", None))
-    del has["moe_layer_freq"]
+    del has["moe_layer_freq"], has["model_type"]
     for name, value in has.items():
         wanted = getattr(args, name, None)
         if wanted is not None and wanted != value:

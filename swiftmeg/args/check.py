@@ -144,8 +144,13 @@ def check_batch(args: Any, dp: int) -> None:
 
 def _check_freezing(args: Any) -> None:
     ratio = args.freeze_parameters_ratio
-    if not 0 <= ratio < 1:
-        raise UserError(f"--freeze_parameters_ratio {ratio}: must be from 0 to below 1")
+    if not 0 <= ratio <= 1:
+        raise UserError(f"--freeze_parameters_ratio {ratio}: must be from 0 to 1")
+    if ratio == 1 and not (args.trainable_parameters or args.trainable_parameters_regex):
+        raise UserError(
+            "--freeze_parameters_ratio 1 freezes every parameter: name those to train by "
+            "--trainable_parameters or --trainable_parameters_regex, or lower it"
+        )
     for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
         if ratio and (size := getattr(args, name)) > 1:
             raise UserError(

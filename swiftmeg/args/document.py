@@ -13,8 +13,9 @@ from swiftmeg.args.commands import (
     RlhfArguments,
     SftArguments,
 )
+from swiftmeg.args.effects import acts_where
 from swiftmeg.args.flags import field_docs
-from swiftmeg.args.unsupported import default_of, planned_flags, refusal
+from swiftmeg.args.unsupported import ACCEPTED, NOTED, default_of, planned_flags, refusal
 
 HEAD = """\
 # Parameters
@@ -29,8 +30,10 @@ Flags can also stand in a YAML or JSON file, which is the first word of the comm
 `--config`: keys are the names of flags, and a section `ENV` holds environment variables. Flags and
 variables of the command line win.
 
-Parameters without effect yet are listed last: they pass at their default, and at other values that
-mean "off", and end the command in one line otherwise.
+The column "acts where" says whether a parameter acts everywhere, with TransformerEngine's layers
+(on GPUs) or on GPUs alone; what is used elsewhere is said when the run starts. Parameters without
+effect are listed last: those that are accepted, with a line at start, and those that pass at their
+default, and at other values that mean "off", and end the command in one line otherwise.
 """
 
 
@@ -71,7 +74,7 @@ def _groups(cls: type[Any], without: set[str]) -> list[str]:
         ]
         if rows:
             title = (inspect.getdoc(group) or "").splitlines()[0]
-            head = "| name | type | default | meaning | alias |\n|--|--|--|--|--|"
+            head = "| name | type | default | meaning | acts where | alias |\n|--|--|--|--|--|--|"
             tables.append("\n".join([f"### {title}\n", head, *rows, ""]))
     return tables
 
@@ -83,6 +86,7 @@ def _row(each: dataclasses.Field[Any], text: str, hint: Any, names: set[str]) ->
         if name == each.name
     ]
     cells = [f"`{each.name}`", _type(hint), _default(each), " ".join(text.split())]
+    cells.append(acts_where(each.name))
     return "| " + " | ".join([*(_escape(cell) for cell in cells), ", ".join(aliases)]) + " |"
 
 
@@ -119,11 +123,13 @@ def _changed_defaults(cls: type[Any]) -> str:
 def _planned() -> str:
     groups = planned_flags(SftArguments)
     docs = field_docs(SftArguments)
-    rows = ["| name | default | meaning | any other value |", "|--|--|--|--|"]
+    rows = ["| name | default | meaning | acts where |", "|--|--|--|--|"]
     for each in dataclasses.fields(SftArguments):
         if each.name in groups:
             cells = [f"`{each.name}`", _default(each), docs[each.name]]
-            cells.append(refusal(each.name, groups))
+            accepted = each.name in ACCEPTED | NOTED
+            other = f"refused at any other value: {refusal(each.name, groups)}"
+            cells.append(acts_where(each.name) if accepted else other)
             rows.append("| " + " | ".join(_escape(" ".join(cell.split())) for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 

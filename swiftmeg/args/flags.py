@@ -26,6 +26,9 @@ from swiftmeg.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
+_NEAR = 0.8
+"""How alike a flag's name and an unknown one are, from 0 to 1, where it is offered."""
+
 _FALSE = {"false", "no", "off", "0"}
 NULL = {"null", "none"}
 """Words that mean no number, where a flag can do without."""
@@ -199,7 +202,9 @@ def _parse(cls: type, argv: list[str], prog: str, *, in_file: bool = False) -> d
         if not flag.startswith("--"):
             raise UserError(f"{prog}: unexpected word {rest[0]!r}: flags start with --")
         names = [field.name for field in dataclasses.fields(cls)]
-        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), names, n=1)
+        near = difflib.get_close_matches(
+            flag.lstrip("-").replace("-", "_"), names, n=1, cutoff=_NEAR
+        )
         hint = f"did you mean --{near[0]}?" if near else f"see {prog} --help"
         raise UserError(f"{prog}: unknown flag {flag}: {hint}")
     for name in twice:

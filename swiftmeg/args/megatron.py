@@ -46,7 +46,7 @@ class TrainingArguments(MegatronFlags):
     calculate_per_token_loss: bool = True
     """Divide the summed loss once by the trained tokens of the global batch."""
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = "auto"
-    """Attention kernels of TransformerEngine."""
+    """Attention kernels of TransformerEngine; local: those of native layers."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """adam is AdamW."""
     optimizer_cpu_offload: bool = False
@@ -82,10 +82,11 @@ class TrainingArguments(MegatronFlags):
     no_bias_swiglu_fusion: bool = False
     """Switch off the fused SwiGLU."""
     no_rope_fusion: bool | None = None
-    """Switch off TransformerEngine's fused RoPE. None: where layers or scaling need it."""
+    """Switch off TransformerEngine's fused RoPE, which is used where layers and scaling allow it,
+    also with false."""
     no_gradient_accumulation_fusion: bool | None = None
-    """Switch off weight-gradient accumulation inside the product. None: on in
-    TransformerEngine's layers, in Megatron's own with apex."""
+    """Switch off weight-gradient accumulation inside the product, which is on in
+    TransformerEngine's layers, in native ones with apex's kernel, also with false."""
     exit_interval: int | None = None
     """Save and end when the step is a multiple of this."""
     exit_duration_in_mins: int | None = None
@@ -154,8 +155,8 @@ class CheckpointArguments(MegatronFlags):
     """Do not load the optimizer state."""
     no_load_rng: bool = False
     """Do not load the random state."""
-    ckpt_format: Literal["torch_dist"] = "torch_dist"
-    """Checkpoint format; torch_dist loads in any layout."""
+    ckpt_format: Literal["torch_dist", "torch", "zarr"] = "torch_dist"
+    """Checkpoint format: torch_dist, which loads in any layout."""
     auto_detect_ckpt_format: bool = True
     """Find the format of the checkpoint that --load names."""
     exit_on_missing_checkpoint: bool = True
@@ -203,7 +204,7 @@ class ParallelArguments(MegatronFlags):
     overlap_param_gather: bool = False
     """Gather parameters during the forward pass."""
     distributed_timeout_minutes: int = 60
-    """How long a collective may wait before the job ends."""
+    """How long a collective may wait before the job ends; --ddp_timeout counts instead."""
 
 
 @dataclass
@@ -297,6 +298,9 @@ class LoopArguments:
     """Check everything and print the plan, i.e. parameters and memory of every rank and the batch
     arithmetic, instead of training; in one process, without a GPU, for NPROC_PER_NODE x NNODES
     processes."""
+    ddp_timeout: int | None = None
+    """Seconds that a collective may wait before the job ends. None: those of
+    --distributed_timeout_minutes."""
     max_epochs: int | None = None
     """Stop after this many passes over the data, or --train_iters if that is fewer steps."""
     no_log_learning_rate_to_tensorboard: bool = False

@@ -1,10 +1,10 @@
 """Flags of mixture-of-experts layers, latent attention and multi-token prediction."""
 
 import importlib.util
-import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from swiftmeg.args.layer_pattern import layer_pattern
 from swiftmeg.args.megatron import MegatronFlags
 from swiftmeg.errors import UserError, typed
 from swiftmeg.models.hf import HFModel
@@ -73,7 +73,8 @@ class ExpertArguments(MegatronFlags):
     moe_router_load_balancing_type: (
         list[Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"]] | None
     ) = None
-    """How experts are balanced. None: as in config.json, else aux_loss."""
+    """How experts are balanced. None: as in config.json, else aux_loss. aux_loss and seq_aux_loss
+    are one here: over each sample, so that layouts agree, not over the tokens of a micro-batch."""
     moe_aux_loss_coeff: list[float] | None = None
     """Weight of the balancing loss, one for each type. None: as in config.json, else 0."""
     moe_z_loss_coeff: float | None = None
@@ -273,21 +274,6 @@ def check_pattern(model: HFModel, wanted: str | None) -> None:
             f"--moe_layer_freq {wanted} contradicts --model {model.folder}, whose layers with "
             f"experts are {has}: drop it"
         )
-
-
-def layer_pattern(value: Any, layers: int) -> list[int] | None:
-    """Megatron's moe_layer_freq as one number a layer; None for what it cannot read."""
-    if isinstance(value, list | tuple):
-        return [int(entry) for entry in value]
-    text = str(value).replace(" ", "")
-    if text.isdecimal() and int(text) > 0:
-        return [int(layer % int(text) == 0) for layer in range(layers)]
-    if "[" not in text or re.search(r"[^,\d\[\]()+*]", text):
-        return None
-    try:
-        return [int(entry) for entry in eval(text, {"__builtins__": {}})]  # digits and + * only
-    except (SyntaxError, TypeError, ValueError):
-        return None
 
 
 def _names(group: type[Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Reading the arguments of a training command and the model that they name."""
 
 import dataclasses
+import math
 from typing import Any
 
 from swiftmeg import platform
@@ -95,6 +96,9 @@ def read_training_arguments(
     args, sources, model = read_command(cls, argv, prog, "load", "adapter_load")
     args.model = model.named
     _choose_dtype(args, sources, model)
+    if args.ddp_timeout is not None:
+        args.distributed_timeout_minutes = max(1, math.ceil(args.ddp_timeout / 60))
+        sources["distributed_timeout_minutes"] = "--ddp_timeout"
     complete_experts(args, sources, model)
     return args, sources, model
 

@@ -103,6 +103,9 @@ NEEDS = (
 TRANSFORMER_ENGINE = ("tp_comm_overlap", "use_precision_aware_optimizer", "fp8_format")
 """Flags that only TransformerEngine acts on, and only on a GPU."""
 
+DISCARDED = ("layernorm", "moe_act")
+"""--recompute_modules whose output is given up and made again: TransformerEngine's layers alone."""
+
 EXCLUSIVE = (
     ("lr_warmup_fraction", "lr_warmup_iters"),
     ("fp16", "bf16"),
@@ -117,12 +120,14 @@ EXCLUSIVE = (
 REFUSED = {
     ("cross_entropy_fusion_impl", "te"): "Megatron has switched it off, because training diverged "
     "with it: use native",
-    (
-        "attention_backend",
-        "local",
-    ): "it is for Megatron's own layers: use --transformer_impl native",
+    ("ckpt_format", "torch"): "such checkpoints load in the layout that wrote them alone, and "
+    "torch_dist's load in any: use torch_dist",
+    ("ckpt_format", "zarr"): "it is gone from Megatron: use torch_dist",
 }
 """Values that never work, with the reason."""
+
+NATIVE = ("native", "local")
+"""Names of native layers as values of --transformer_impl."""
 
 RECOMPUTE_MODULES = {
     "core_attn": None,
@@ -151,6 +156,7 @@ def check_combinations(args: Any, model: HFModel) -> None:
     for (name, value), reason in REFUSED.items():
         if getattr(args, name) == value:
             raise UserError(f"--{name} {value}: {reason}")
+    _check_layers(args)
     _check_recompute_modules(args, model)
     _check_learning_rate(args)
     _check_fp8(args, model)
@@ -168,23 +174,39 @@ def check_machine(args: Any) -> None:
             f"--distributed_backend {args.distributed_backend}: ranks talk through nccl with GPUs "
             "and through gloo without GPUs: drop it"
         )
-    for name in TRANSFORMER_ENGINE:
-        value = getattr(args, name)
-        if value in (None, False):
-            continue
+    for flag in _of_transformer_engine(args):
         if importlib.util.find_spec("transformer_engine") is None:
-            raise UserError(
-                f"--{name} {typed(value)} needs TransformerEngine: install swiftmeg[te] or drop it"
-            )
+            raise UserError(f"{flag} needs TransformerEngine: install swiftmeg[te] or drop it")
         if not platform.has_cuda():
-            raise UserError(f"--{name} {typed(value)} needs a GPU: drop it")
-        if args.transformer_impl not in (None, "transformer_engine"):
+            raise UserError(f"{flag} needs a GPU: drop it")
+    if args.attention_backend == "local" and args.transformer_impl not in NATIVE:
+        usable = platform.has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+        if usable or args.transformer_impl is not None:
             raise UserError(
-                f"--{name} {typed(value)} needs --transformer_impl transformer_engine: set it or "
-                f"drop --{name}"
+                "--attention_backend local is that of native layers: set --transformer_impl native "
+                "too, or use flash, fused, unfused or auto"
             )
     if args.fp16 and not platform.has_cuda():
         raise UserError("fp16 training needs a GPU: pass --torch_dtype float32 or bfloat16")
+
+
+def _of_transformer_engine(args: Any) -> list[str]:
+    """The flags of `args`, with their values, that only TransformerEngine acts on."""
+    flags = [
+        f"--{name} {typed(value)}"
+        for name in TRANSFORMER_ENGINE
+        if (value := getattr(args, name)) not in (None, False)
+    ]
+    modules = [name for name in args.recompute_modules or () if name in DISCARDED]
+    return flags + [f"--recompute_modules {name}" for name in modules]
+
+
+def _check_layers(args: Any) -> None:
+    """UserError where a flag of TransformerEngine's meets native layers, on whatever machine."""
+    for flag in _of_transformer_engine(args) if args.transformer_impl in NATIVE else ():
+        raise UserError(
+            f"{flag} needs --transformer_impl transformer_engine: set it or drop {flag.split()[0]}"
+        )
 
 
 def _check_limit(name: str, value: Any, low: float, high: float) -> None:

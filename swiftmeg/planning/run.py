@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swiftmeg import platform
+from swiftmeg.args.effects import notes
 from swiftmeg.args.resolve import describe
 from swiftmeg.models.hf import HFModel
 from swiftmeg.trainers.method import Method
@@ -32,6 +33,8 @@ def dry_run(args: Any, sources: dict[str, str], model: HFModel, method: Method) 
     start = prepare(args, sources, model, method)
     sizes = _sizes(args, model, start.data, method.sides)
     print(describe(args, sources), flush=True)
+    for note in notes(args, sources, model, _backend(args)):
+        print(f"note: {note}", flush=True)
     platform.prepare()
     from swiftmeg import upstream
     from swiftmeg.planning.report import report

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from swiftmeg import distributed, platform
+from swiftmeg.args.effects import notes
 from swiftmeg.args.resolve import describe
 from swiftmeg.claim import release
 from swiftmeg.global_batch import on_global_batch
@@ -41,12 +42,15 @@ def train(
     for warning in (nothing_left(args, start.data.train_iters), untrained_rows(args)):
         if warning and distributed.on_rank_zero():
             print(f"warning: {warning}", flush=True)
-    from swiftmeg.trainers.output import claim_folder  # behind Megatron's import
+    from swiftmeg.models.layers import choose_backend  # behind Megatron's import
+    from swiftmeg.trainers.output import claim_folder
 
     folder = claim_folder(save_root(args, model), args.add_version)
     args.save = str(folder)
     if distributed.on_rank_zero():
         print(describe(args, sources), flush=True)
+        for note in notes(args, sources, model, choose_backend(args.transformer_impl)):
+            print(f"note: {note}", flush=True)
     _run_loop(Run(args, sources, model, method, folder, start.data, start.adapters), observers)
 
 

@@ -79,6 +79,8 @@ def training_namespace(
         "no_rope_fusion": _no_rope_fusion(args, backend, model),
         "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
         "no_persist_layer_norm": backend == "native",
+        # Megatron knows `local` for its own layers alone; native ones have their own attention.
+        "attention_backend": args.attention_backend.replace("local", "auto"),
     }
     flags |= changes or {}
     # Megatron's own name for it is an attribute that it works out.
@@ -132,8 +134,8 @@ def _logging_level(name: str | None) -> int | None:
 def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
     """TransformerEngine's kernel cannot scale cosine and sine, as yarn does, nor turn a part of a
     latent head's query."""
-    if args.no_rope_fusion is not None:
-        return bool(args.no_rope_fusion)
+    if args.no_rope_fusion:
+        return True
     built = model.megatron_args
     unfused = built.get("multi_latent_attention") or built.get("rotary_interleaved")
     return backend == "native" or "yarn" in rope_types(model.hf_config).values() or bool(unfused)
@@ -141,6 +143,6 @@ def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
 
 def _no_gradient_accumulation_fusion(args: Any) -> bool:
     """Megatron's own layers need apex's kernel for it; TransformerEngine's bring theirs."""
-    if args.no_gradient_accumulation_fusion is not None:
-        return bool(args.no_gradient_accumulation_fusion)
+    if args.no_gradient_accumulation_fusion:
+        return True
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None

@@ -7,6 +7,7 @@ effect; a flag without a row fails, and so does a documented one that is not dec
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,10 @@ import pytest
 from swiftmeg.args.aliases import aliases_of
 from swiftmeg.args.check import check_training, checkpoint_defaults
 from swiftmeg.args.commands import ExportArguments, PtArguments, RlhfArguments, SftArguments
+from swiftmeg.args.effects import notes
 from swiftmeg.args.moe import expert_flags
 from swiftmeg.args.read import read_command, read_training_arguments
-from swiftmeg.args.unsupported import OFF, default_of, planned_flags
+from swiftmeg.args.unsupported import ACCEPTED, OFF, accepted_flags, default_of, planned_flags
 from swiftmeg.data.sources import registry
 from swiftmeg.errors import UserError
 from swiftmeg.export.convert import check_export
@@ -63,6 +65,15 @@ class Refused:
 
 
 @dataclass
+class Says:
+    """The flag is accepted without effect, and the run says so at start in a line that matches."""
+
+    value: Any
+    line: str
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class ShownBy:
     """A test of its own, in `file`, sets the flag or passes the argument."""
 
@@ -70,7 +81,7 @@ class ShownBy:
     test: str
 
 
-Row = Sets | Changes | Refused | ShownBy
+Row = Sets | Changes | Refused | Says | ShownBy
 
 
 @dataclass
@@ -177,6 +188,18 @@ def permutes_fused(context: Context) -> Any:
     return expert_flags(context.args, context.model.megatron_args, True)["moe_permute_fusion"]
 
 
+def turns_fused(context: Context) -> Any:
+    """Whether heads would be turned in one kernel where TransformerEngine is there."""
+    from swiftmeg.trainers.training_namespace import _no_rope_fusion
+
+    return not _no_rope_fusion(context.args, "transformer_engine", context.model)
+
+
+def accumulates(context: Context) -> Any:
+    """Whether TransformerEngine's layers would add up the gradients of weights themselves."""
+    return context.args.no_gradient_accumulation_fusion is not True
+
+
 SELF = {"dataset": ["self-cognition#8"], "model_name": ["Eve"], "model_author": ["Dan"]}
 SCALE = '{"rope_type": "linear", "factor": 4.0}'
 PP2 = {"pipeline_model_parallel_size": 2, "WORLD_SIZE": "2"}
@@ -218,6 +241,11 @@ ARCHITECTURE: dict[str, Row] = {
         )
     },
     "moe_layer_freq": Refused("2", "--moe_layer_freq 2: .* has no experts: drop it"),
+    "model_type": Refused(
+        "llama",
+        "--model_type llama contradicts .*Qwen3ForCausalLM.*qwen3_thinking",
+        {"model": "qwen"},
+    ),
     "num_layers": Refused(8, "--num_layers 8 contradicts .*num_layers=4: drop it"),
     "hidden_size": Refused(64, "weights have hidden_size=48"),
     "ffn_hidden_size": Refused(64, "weights have ffn_hidden_size=84"),
@@ -301,6 +329,7 @@ LOOP: dict[str, Row] = {
         "transformer_engine", "--transformer_impl transformer_engine needs"
     ),
     "dry_run": ShownBy("tests/planning/test_dry_run.py", '"dry_run": "true"'),
+    "ddp_timeout": Changes(61, argument("distributed_timeout_minutes"), 2),
     "max_epochs": Changes(2, train_iters, 3, {"train_iters": 50}),
     "no_log_learning_rate_to_tensorboard": ShownBy(
         "tests/args/test_parameters.py", "test_the_learning_rate_can_be_left_out"
@@ -343,8 +372,8 @@ MEGATRON: dict[str, Row] = {
     "no_masked_softmax_fusion": Sets(True, "masked_softmax_fusion", False),
     "no_bias_dropout_fusion": Sets(True, "bias_dropout_fusion", False),
     "no_bias_swiglu_fusion": Sets(True, "bias_swiglu_fusion", False),
-    "no_rope_fusion": Sets(False, "apply_rope_fusion", True),
-    "no_gradient_accumulation_fusion": Sets(False, "gradient_accumulation_fusion", True),
+    "no_rope_fusion": Changes(True, turns_fused, False),
+    "no_gradient_accumulation_fusion": Changes(True, accumulates, False),
     "exit_interval": Sets(4, "exit_interval"),
     "exit_duration_in_mins": Sets(60, "exit_duration_in_mins"),
     "exit_signal_handler": Sets(True, "exit_signal_handler"),
@@ -373,7 +402,7 @@ MEGATRON: dict[str, Row] = {
     "no_save_rng": Sets(True, "no_save_rng"),
     "no_load_optim": Sets(True, "no_load_optim"),
     "no_load_rng": Sets(True, "no_load_rng"),
-    "ckpt_format": Refused("zarr", "--ckpt_format: invalid choice: 'zarr'.*torch_dist"),
+    "ckpt_format": Refused("torch", "--ckpt_format torch: .*the layout that wrote.*torch_dist"),
     "auto_detect_ckpt_format": Sets(False, "auto_detect_ckpt_format"),
     "no_check_for_nan_in_loss_and_grad": ShownBy(
         "tests/trainers/test_divergence.py", "test_a_run_goes_on_where_it_is_told_to"
@@ -482,13 +511,11 @@ PLANNED: dict[str, Row] = {
     "packing_cache": ShownBy("tests/trainers/test_data.py", "test_flags_without_effect_are_noted"),
     "cached_dataset": Refused(["x"], "name the rows by --dataset"),
     "mlp_padding_free": Refused(True, "use --padding_free true"),
-    "remove_unused_columns": Refused(False, "rows hold the known columns only"),
     "padding_side": ShownBy("tests/trainers/test_data.py", "test_flags_without_effect_are_noted"),
     "template_backend": Refused("jinja", "chat templates are jinja in any case"),
     "response_prefix": ShownBy(
         "tests/trainers/test_data.py", "test_flags_without_effect_are_noted"
     ),
-    "model_type": Refused("qwen3", "found by config.json's `architectures`"),
     "task_type": Refused("seq_cls", "only causal_lm is supported yet"),
     "num_labels": Refused(2, "classifiers are not supported yet"),
     "problem_type": Refused("regression", "classifiers are not supported yet"),
@@ -497,7 +524,26 @@ PLANNED: dict[str, Row] = {
     "max_memory": Refused("1GB", "the parallel sizes place the weights"),
     "local_repo_path": Refused("x", "models come from --model alone"),
     "init_strategy": Refused("zero", "every weight must be in the folder"),
-    "apply_query_key_layer_scaling": Refused(True, "it changes no result"),
+    **{
+        name: Refused(value, "weights are not quantised")
+        for name, value in (
+            ("quant_method", "awq"), ("quant_bits", "4"), ("hqq_axis", 1),
+            ("bnb_4bit_compute_dtype", "float16"), ("bnb_4bit_quant_type", "fp4"),
+            ("bnb_4bit_use_double_quant", False), ("bnb_4bit_quant_storage", "uint8"),
+        )
+    },
+    "safe_serialization": Refused(False, "weights are written as safetensors"),
+    "tuner_backend": Refused("unsloth", "adapters are those of PEFT"),
+    **{
+        name: Says(value, f"--{name} .* has no effect: {ACCEPTED[name]}")
+        for name, value in (
+            ("apply_query_key_layer_scaling", True), ("local_rank", 0), ("report_to", ["none"]),
+            ("check_model", False), ("ignore_args_error", True), ("remove_unused_columns", False),
+            ("max_new_tokens", 9), ("temperature", 0.5), ("top_k", 9), ("top_p", 0.5),
+            ("repetition_penalty", 1.5), ("num_beams", 2), ("stream", True),
+            ("stop_words", ["x"]), ("logprobs", True), ("top_logprobs", 2),
+        )
+    },
 }  # fmt: skip
 
 TRAINING: dict[str, Row] = SHARED | DATA | LOOP | MEGATRON | PLANNED
@@ -641,6 +687,14 @@ def test_training_refuses(name: str, row: Refused) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "row"), rows_of(TRAINING, Says))
+def test_training_says(name: str, row: Says) -> None:
+    context = read_training(row.flags | {name: row.value})
+    check_training(context.args, context.model)
+    (line,) = notes(context.args, context.sources, context.model, "native")
+    assert re.fullmatch(row.line, line)
+
+
 @pytest.mark.parametrize(("name", "row"), rows_of(CONVERSION, Refused))
 def test_conversion_refuses(name: str, row: Refused) -> None:
     def command() -> None:
@@ -664,6 +718,7 @@ def test_values_that_mean_off_pass() -> None:
     planned = {name: flags[name] for name in planned_flags(SftArguments)}
     read_training({name: value for name, value in planned.items() if value not in (None, [])})
     read_training({name: values[0] for name, values in OFF.items()})
+    assert set(accepted_flags(SftArguments)) == set(ACCEPTED)
 
 
 @pytest.mark.parametrize(

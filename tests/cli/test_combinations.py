@@ -126,7 +126,8 @@ CASES = [
          cross_entropy_loss_fusion=TRUE, cross_entropy_fusion_impl="te"),
     case("--deterministic_mode true and --cross_entropy_loss_fusion true exclude each other",
          deterministic_mode=TRUE, cross_entropy_loss_fusion=TRUE),
-    case("--attention_backend local: .* use --transformer_impl native", attention_backend="local"),
+    case("--attention_backend local .* set --transformer_impl native", attention_backend="local",
+         transformer_impl="transformer_engine"),
     case("--transformer_impl transformer_engine needs a GPU", late=True,
          transformer_impl="transformer_engine"),
     # The rest.
