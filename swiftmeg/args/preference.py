@@ -85,7 +85,7 @@ class ReferenceArguments:
     ref_model: str | None = None
     """Hugging Face folder or hub id of the reference model."""
     ref_adapters: list[str] = field(default_factory=list)
-    """PEFT folder of adapters that the reference model has."""
+    """PEFT folder of adapters that the reference model has. Not supported yet: merge them."""
     precompute_ref_log_probs: bool | None = None
     """Compute the reference's log-probabilities once, before training, and keep them beside the
     tokens; false has the reference model run in every step. None: true, but for --streaming,

@@ -102,10 +102,7 @@ def _tokens(args: Any, megatron: argparse.Namespace, sizes: Any) -> str:
     source = "of a pack" if args.packing else "of the longest sample"
     if not args.dataset:
         source = "assumed, as no --dataset is named"
-    most = length * args.global_batch_size
-    if not (args.padding_free or args.packing):
-        most *= sizes.sides
-    return f"{length:,} a sample ({source}): at most {most:,} a step"
+    return f"{length:,} a sample ({source}): at most {length * args.global_batch_size:,} a step"
 
 
 def _steps(args: Any, sizes: Any) -> str:

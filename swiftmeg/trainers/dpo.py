@@ -3,6 +3,7 @@
 from typing import Any
 
 from swiftmeg.args.commands import RlhfArguments
+from swiftmeg.checkpoint import check_checkpoint
 from swiftmeg.data.encoded.packing import PackedDataset
 from swiftmeg.errors import UserError
 from swiftmeg.models.hf import HFModel
@@ -26,6 +27,8 @@ class Dpo(Method):
             )
         if args.ref_model:
             reference_model(args, model)
+        if args.ref_load:
+            args.ref_load = str(check_checkpoint("--ref_load", args.ref_load))
         return prepare_pairs(args, model)
 
     def sequences(self, data: Any) -> Any:

@@ -28,6 +28,7 @@ from swiftmeg.trainers.forward import Batch, run_model, take_batch
 from swiftmeg.trainers.frozen_model import live_reference
 from swiftmeg.trainers.live_reference import LiveReference
 from swiftmeg.trainers.method import Hook, Run, Training
+from swiftmeg.trainers.reference import StoredReference
 from swiftmeg.trainers.sample_sums import sample_sums
 from swiftmeg.trainers.token_statistics import LogitsWatch, TokenStatistics
 
@@ -40,7 +41,8 @@ class DpoTraining(Training):
         self.watch = LogitsWatch(megatron.vocab_size)
         self.reference: LiveReference | None = None
         if not run.args.reference_free:
-            self.reference = live_reference(run, megatron)
+            first = run.args.precompute_ref_log_probs
+            self.reference = (StoredReference if first else live_reference)(run, megatron)
 
     def hooks(self) -> list[Hook]:
         def attach(models: list[Any]) -> list[Any]:

@@ -27,12 +27,6 @@ class FrozenModel(LiveReference):
     """A second set of weights in the training's dtype, without gradients, optimizer or buffers."""
 
     def __init__(self, run: Run, megatron: Any) -> None:
-        if run.args.ref_adapters:
-            raise UserError(
-                f"--ref_adapters {run.args.ref_adapters[0]} with --precompute_ref_log_probs false "
-                "is not supported: merge them (swift export --merge_lora true) and name the result "
-                "by --ref_model"
-            )
         self.run = run
         self.megatron = megatron
         self.models: list[Any] = []

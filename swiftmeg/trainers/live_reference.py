@@ -32,14 +32,15 @@ class Start(LiveReference):
     What else is trained beside them (--modules_to_save, biases) is put back for the pass.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, in_steps: bool = True) -> None:
+        """`in_steps` is false where it only runs before the first step."""
         args = run.args
-        if args.adapter_load and args.finetune:
+        if in_steps and args.adapter_load and args.finetune:
             raise UserError(
                 f"--adapter_load {args.adapter_load} with --finetune true and "
-                "--precompute_ref_log_probs false: name the reference's adapters by --ref_adapters"
+                "--precompute_ref_log_probs false: drop the latter"
             )
-        self.overlap = args.overlap_param_gather
+        self.overlap = in_steps and args.overlap_param_gather
         self.keeps_adapters = run.adapters is not None
         self.models: list[Any] = []
         self.kept: list[tuple[torch.nn.Parameter, Tensor]] = []

@@ -1,6 +1,7 @@
 """Flags of preference training: every one acts, and what cannot work ends in one line."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from swiftmeg.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 LOSSES = "tests/trainers/test_dpo_losses.py"
+RUNS = "tests/trainers/test_dpo.py"
 HERE = "tests/args/test_preference.py"
 SHOWN_BY = {
     "rlhf_type": HERE,
@@ -31,11 +33,11 @@ SHOWN_BY = {
     "ld_alpha": "tests/data/test_pairs.py",
     "use_weighting": LOSSES,
     "reference_free": HERE,
-    "ref_load": HERE,
-    "ref_model": HERE,
+    "ref_load": RUNS,
+    "ref_model": RUNS,
     "ref_adapters": HERE,
-    "precompute_ref_log_probs": HERE,
-    "precompute_ref_batch_size": HERE,
+    "precompute_ref_log_probs": RUNS,
+    "precompute_ref_batch_size": RUNS,
     "sync_ref_model": HERE,
     "ref_model_mixup_alpha": HERE,
     "ref_model_sync_steps": HERE,
@@ -50,9 +52,9 @@ REFUSED = {
     "rlhf_type simpo": "--rlhf_type: invalid choice: 'simpo'",
     "calculate_per_token_loss true": "the loss of pairs is their mean",
     "beta 0": "--beta 0.0: must be above 0",
-    "beta nan": "--beta nan: must be above 0",
-    "beta null": "--beta: 'null' is not a number",
-    "rpo_alpha nan": "--rpo_alpha nan: must be a number",
+    "beta nan": "--beta: 'nan' is not a finite number",
+    "beta null": "--beta: 'null' is not a",
+    "rpo_alpha nan": "--rpo_alpha: 'nan' is not a finite number",
     "label_smoothing 0.5": "--label_smoothing 0.5: must be from 0 to below 0.5",
     "label_smoothing -0.1": "--label_smoothing -0.1: must be",
     "label_smoothing 0.1 --loss_type hinge sft": "does not act on --loss_type hinge sft, only on",
@@ -61,7 +63,7 @@ REFUSED = {
     "loss_type dpo": "invalid choice: 'dpo'",
     "loss_weights 1 --loss_type sigmoid hinge": "1 numbers for 2 of --loss_type (sigmoid hinge)",
     "loss_weights 1 2": "--loss_weights 1.0 2.0: 2 numbers for 1 of --loss_type (sigmoid)",
-    "loss_weights nan": "--loss_weights nan: give numbers",
+    "loss_weights nan": "--loss_weights: 'nan' is not a finite number",
     **{
         f"f_divergence_type {divergence} --loss_type sigmoid {loss}": f"--loss_type {loss} is not "
         f"defined with --f_divergence_type {divergence}: use reverse_kl"
@@ -84,7 +86,7 @@ REFUSED = {
     "reference_free true --precompute_ref_log_probs true": "drop --precompute_ref_log_probs",
     "ref_load x --ref_model y": "--ref_load and --ref_model both name the reference model",
     "mcore_ref_model x --ref_model y": "--ref_load and --ref_model both name",
-    "ref_adapters x y": "--ref_adapters x y: name one folder",
+    "ref_adapters x": "--ref_adapters x: not supported yet: merge them",
     **{
         f"precompute_ref_log_probs true --{name} true": "--precompute_ref_log_probs true cannot be "
         f"used with --{name} true"
@@ -179,3 +181,17 @@ def test_data_takes_the_flags_with_a_method() -> None:
     assert settled("packing true", PrepareArguments).rlhf_type is None
     with pytest.raises(UserError, match="--beta needs --rlhf_type dpo"):
         settled("beta 0.2", PrepareArguments)
+
+
+SCRIPTS = [*sorted((ROOT / "examples").rglob("*dpo*/*.sh")), ROOT / "examples/lora/dpo.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: "-".join(path.parts[-2:]))
+def test_the_example_scripts_say_what_there_is(script: Path) -> None:
+    line = script.read_text().replace("\\\n", "").partition("\nmegatron rlhf ")[2]
+    words = shlex.split(line)
+    given = parse_flags(RlhfArguments, words, "megatron rlhf")
+    args, sources = resolve(RlhfArguments, given, [])
+    settle_preference(args, sources)
+    assert args.rpo_alpha == 1
+    assert len(SCRIPTS) == 4

@@ -19,6 +19,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from swiftmeg.data.template.template import IGNORE, Encoded
+from swiftmeg.errors import UserError
 
 Array = np.ndarray[Any, Any]
 
@@ -91,17 +92,22 @@ class TokenDataset(Dataset[dict[str, Any]]):
     """The tokenised rows of a folder; item i is the stored row `order[i]`, or row i without.
 
     An item has `input_ids` and `labels`, int32 [length], `length`, and `loss_scale`, float32
-    [length], if there are weights. Only `order` and the rows
-    that were asked for are in memory.
+    [length], if there are weights. With `reference`, a file of float32 [stored rows], it has its
+    number there as `ref_logps`. Only `order` and the rows that were asked for are in memory.
     """
 
-    def __init__(self, folder: Path, order: Array | None = None) -> None:
+    def __init__(
+        self, folder: Path, order: Array | None = None, reference: Path | None = None
+    ) -> None:
         self.folder = folder
+        self._reference: Array | None = None
         self._order = order
         self._ends = _mapped(folder / "ends.bin")
         self._file = (folder / "tokens.bin").open("rb", buffering=0)
         weighted = (folder / WEIGHTS).exists()
         self._weights = (folder / WEIGHTS).open("rb", buffering=0) if weighted else None
+        if reference is not None:
+            self.attach_reference(reference)
 
     def __len__(self) -> int:
         return len(self._ends) if self._order is None else len(self._order)
@@ -118,10 +124,20 @@ class TokenDataset(Dataset[dict[str, Any]]):
         row: dict[str, Any] = {"input_ids": ids, "labels": labels, "length": len(ids)}
         if self._weights is not None:
             row["loss_scale"] = _read(self._weights, start, end).view(np.float32)
+        if self._reference is not None:
+            row["ref_logps"] = float(self._reference[place])
         return row
 
+    def attach_reference(self, file: Path) -> None:
+        """Give rows a reference's log-probabilities; see the class."""
+        self._reference_file = file
+        self._reference = np.memmap(file, dtype=np.float32, mode="r")
+        if len(self._reference) != len(self._ends):
+            raise UserError(f"{file} is cut short: delete its folder")
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return TokenDataset, (self.folder, self._order)
+        file = None if self._reference is None else self._reference_file
+        return TokenDataset, (self.folder, self._order, file)
 
     def rows(self) -> Array:
         """Return which of the rows that were encoded each stored one is (int64, ascending)."""
