@@ -2,12 +2,21 @@
 
 import os
 import socket
+import sys
+import threading
 from datetime import timedelta
 from typing import Any
 
 import torch
 
 from swiftmeg import platform
+from swiftmeg.errors import UserError
+
+NOTICE = 10
+"""Seconds between two lines of a process that waits for the others."""
+
+PATIENCE = 900
+"""Seconds that it waits."""
 
 
 def initialize(timeout_minutes: int = 60) -> None:
@@ -18,7 +27,7 @@ def initialize(timeout_minutes: int = 60) -> None:
     """
     if torch.distributed.is_initialized():
         return
-    if "WORLD_SIZE" not in os.environ:
+    if os.environ.get("WORLD_SIZE", "1") == "1" and "MASTER_ADDR" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -26,10 +35,45 @@ def initialize(timeout_minutes: int = 60) -> None:
         os.environ.update(alone, MASTER_PORT=port)
     if platform.has_cuda():
         torch.cuda.set_device(platform.device())
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world = _meet()
+    store.set_timeout(timeout)
     torch.distributed.init_process_group(
         backend=platform.backend(),
-        timeout=timedelta(minutes=timeout_minutes),
+        store=torch.distributed.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
     )
+
+
+def _meet() -> tuple[Any, int, int]:
+    """Meet the job's other processes: their store, this one's rank, how many there are.
+
+    Says every NOTICE seconds whom it waits for; UserError after PATIENCE seconds.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    last = f"rank {world - 1}" if world == 2 else f"ranks 1 to {world - 1}"
+    whom = f"{last if rank == 0 else 'rank 0'} at {place}"
+    met = threading.Event()
+
+    def notice() -> None:
+        waited = 0
+        while not met.wait(NOTICE):
+            waited += NOTICE
+            print(f"rank {rank} waits for {whom} ({waited} s)", file=sys.stderr, flush=True)
+
+    threading.Thread(target=notice, daemon=True).start()
+    try:
+        patience = timedelta(seconds=PATIENCE)
+        store, rank, world = next(torch.distributed.rendezvous("env://", timeout=patience))
+        return store, rank, world
+    except (torch.distributed.DistError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"rank {rank} has not met {whom}: {reason}") from None
+    finally:
+        met.set()
 
 
 def on_rank_zero() -> bool:

@@ -122,6 +122,8 @@ def check_training(args: Any, model: HFModel) -> None:
         raise UserError("--dataset is needed: name at least one file, folder or hub id")
     if args.max_epochs is None and args.train_iters is None and not args.dry_run:
         raise UserError("--max_epochs or --train_iters is needed: set one")
+    for name in ("seed", "data_seed"):
+        check_seed(name, getattr(args, name))
     _check_freezing(args)
     _check_lora(args)
     check_combinations(args, model)
@@ -130,6 +132,12 @@ def check_training(args: Any, model: HFModel) -> None:
     dp = check_layout(args, model)
     check_batch(args, dp)
     check_interleaving(args, model.megatron_args["num_layers"], dp)
+
+
+def check_seed(name: str, seed: int) -> None:
+    """UserError unless NumPy's generators take `seed`, the value of flag `name`."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--{name} {seed}: must be from 0 to {2**32 - 1}")
 
 
 def check_batch(args: Any, dp: int) -> None:

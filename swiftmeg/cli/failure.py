@@ -8,6 +8,7 @@ of the job, once and last.
 import contextlib
 import errno
 import faulthandler
+import io
 import json
 import os
 import signal
@@ -40,6 +41,9 @@ def guarded(action: Callable[[], int | None]) -> int:
     launched = LAUNCHER_PID in os.environ
     if launched:
         _behave_as_rank(int(os.environ[LAUNCHER_PID]))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal or pipe has all characters
+            stream.reconfigure(errors="replace")
     failure: UserError | None
     text = ""
     try:

@@ -10,6 +10,7 @@ import swiftmeg
 from swiftmeg.args.config import asks_for, export_environment
 from swiftmeg.cli import launch
 from swiftmeg.cli.failure import guarded
+from swiftmeg.cli.schedulers import adopt, adopt_nodes
 from swiftmeg.errors import UserError
 
 
@@ -75,9 +76,12 @@ def _dispatch(program: str, argv: list[str]) -> int | None:
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if asks_for(argv[1:], "dry_run"):
             # One process stands for all, wherever it was started.
+            adopt_nodes(os.environ)
             os.environ["WORLD_SIZE"] = str(launch.job_size(os.environ))
-        elif launch.requested(os.environ):
-            return launch.launch(["-m", "swiftmeg.cli.main", program, *argv])
+        else:
+            adopt(os.environ)
+            if launch.requested(os.environ):
+                return launch.launch(["-m", "swiftmeg.cli.main", program, *argv])
     module, _, function = command.target.partition(":")
     code: int | None = getattr(importlib.import_module(module), function)(argv[1:])
     return code

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from swiftmeg.data.template.chat_renderer import ChatRenderer
 from swiftmeg.data.template.chat_templates import GENERATION
-from swiftmeg.data.template.template import read_system
+from swiftmeg.data.template.template_options import read_system
 from swiftmeg.json_files import read_object
 from swiftmeg.models.hf import HFModel
 

@@ -3,6 +3,7 @@
 Every function raises UserError, naming the key, for what the layers cannot express.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -54,6 +55,38 @@ def refuse(key: str, value: Any, accepted: str) -> UserError:
     return UserError(
         f"config.json: {key}={shown} is not supported ({accepted} is): use another model"
     )
+
+
+_LARGEST = {
+    "num_layers": ("num_hidden_layers", 10_000),
+    "hidden_size": ("hidden_size", 2**20),
+    "ffn_hidden_size": ("intermediate_size", 2**24),
+    "num_attention_heads": ("num_attention_heads", 2**16),
+    "num_query_groups": ("num_key_value_heads", 2**16),
+    "kv_channels": ("head_dim", 2**16),
+    "vocab_size": ("vocab_size", 2**26),
+    "max_position_embeddings": ("max_position_embeddings", 2**40),
+}
+"""Argument -> the key of config.json, and a number that no model comes near."""
+
+
+def check_sizes(arguments: dict[str, Any]) -> None:
+    """UserError, naming the key of config.json, for sizes that no model can have."""
+    for name, (key, largest) in _LARGEST.items():
+        value = arguments.get(name)
+        if value is not None and not (type(value) is int and 0 < value <= largest):
+            raise UserError(
+                f"config.json: {key}={value!r} is no size of a model (1 to {largest} is): repair "
+                "it, or download it again"
+            )
+    for name, key in (("norm_epsilon", "rms_norm_eps"), ("rotary_base", "rope_theta")):
+        value = arguments.get(name)
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (known and 0 < value < math.inf):
+            raise UserError(
+                f"config.json: {key}={value!r} is no positive number: repair it, or download it "
+                "again"
+            )
 
 
 def rope_theta(config: HFConfig) -> float:

@@ -12,6 +12,7 @@ from swiftmeg.checkpoint import refuse_unfinished
 from swiftmeg.errors import UserError
 from swiftmeg.json_files import read_object
 from swiftmeg.models import families  # noqa: F401  (registers them)
+from swiftmeg.models.arguments import check_sizes
 from swiftmeg.models.family import REGISTRY, Family, HFConfig
 
 
@@ -45,9 +46,16 @@ class HFModel:
     def megatron_args(self) -> dict[str, Any]:
         """Megatron arguments of this model."""
         try:
-            return self.family.to_args(self.config)
+            arguments = self.family.to_args(self.config)
+            check_sizes(arguments)
         except UserError as error:
             raise UserError(f"--model {self.folder}: {error}") from None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"--model {self.folder}: config.json cannot be used ({error!r}): repair it, or "
+                "download it again"
+            ) from None
+        return arguments
 
     @property
     def dtype(self) -> str:
@@ -85,6 +93,8 @@ def find_folder(model: str, use_hf: bool = False, revision: str | None = None) -
             )
         refuse_unfinished("--model", path)
         return path.resolve()
+    if path.is_file():
+        raise UserError(f"--model {model}: is a file: name the folder of a Hugging Face model")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise UserError(f"--model {model}: no such folder, and not a hub id of the form owner/name")
     hub = (

@@ -102,7 +102,10 @@ def _tokens(args: Any, megatron: argparse.Namespace, sizes: Any) -> str:
     source = "of a pack" if args.packing else "of the longest sample"
     if not args.dataset:
         source = "assumed, as no --dataset is named"
-    return f"{length:,} a sample ({source}): at most {length * args.global_batch_size:,} a step"
+    most = length * args.global_batch_size
+    if not (args.padding_free or args.packing):
+        most *= sizes.sides
+    return f"{length:,} a sample ({source}): at most {most:,} a step"
 
 
 def _steps(args: Any, sizes: Any) -> str:

@@ -19,7 +19,16 @@ from swiftmeg.args.read import inherited
 from swiftmeg.args.resolve import COMMAND_LINE_ALONE, read_args_file, resolve
 from swiftmeg.checkpoint import TRACKER
 from swiftmeg.unpickling import INDEX, read_index
-from tests.cli.commands import Case, check_message, run_forked, run_together, sft, to_hf, words
+from tests.cli.commands import (
+    Case,
+    check_message,
+    run_forked,
+    run_together,
+    sft,
+    to_hf,
+    to_mcore,
+    words,
+)
 from tests.ranks import run_ranks
 from tests.test_unpickling import Call, saved
 from tests.tiny import save_model
@@ -60,6 +69,15 @@ EARLY = [
     Case("remote-code", sft(model="remote-code"), "^error: --trust_remote_code true is needed"),
     Case("remote-code-2", to_hf(model="remote-code"), "^error: --trust_remote_code true is needed"),
     Case("remote-code-3", sft(load="trusting", model=None), "--trust_remote_code true is needed"),
+    *(
+        Case(f"config-{i}-{where}", command(model=f"config-{i}"), f"config-{i}: config.json.*{key}")
+        for i, key in enumerate(("hidden_size", "vocab_size", "", "", "rms_norm_eps", "num_hidden"))
+        for where, command in (("sft", sft), ("export", to_mcore))
+    ),
+    Case("seed", sft(seed=-1), "--seed -1: must be from 0 to 4294967295"),
+    Case("data-seed", sft(data_seed=2**32), "--data_seed 4294967296: must be from 0"),
+    Case("file-infer", infer(model="rows.jsonl"), "--model rows.jsonl: is a file: name the folder"),
+    Case("file-sft", sft(model="sub/model.gguf"), "--model sub/model.gguf: is a file: name the fo"),
     Case("yaml-bomb", ["megatron", "sft", "bomb.yaml"], "bomb.yaml: its aliases make more than"),
     Case("yaml-merge", ["megatron", "sft", "merge.yaml"], "merge.yaml: its aliases make more"),
     Case("yaml-loop", ["megatron", "sft", "loop.yaml"], "loop.yaml: an alias stands inside"),
@@ -154,6 +172,12 @@ def make_models(work: Path) -> None:
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.MyConfig"}}
     (remote / "config.json").write_text(json.dumps(config))
     (remote / "configuration_mine.py").write_text(code)
+    (work / "sub").mkdir()
+    (work / "sub" / "model.gguf").touch()
+    for i, change in enumerate(CONFIGS):
+        folder = Path(shutil.copytree(work / "llama", work / f"config-{i}"))
+        config = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps(config))
     weights = {"model.norm.weight": torch.ones(48)}
     save_file(weights, work / "w.safetensors")
     indices: dict[str, Any] = {
@@ -168,6 +192,16 @@ def make_models(work: Path) -> None:
         folder = Path(shutil.copytree(work / "llama", work / name))
         (folder / "model.safetensors").unlink()
         (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"hidden_size": 10**9},
+    {"vocab_size": 0},
+    {"num_attention_heads": 0},
+    {"rope_theta": "abc", "rope_parameters": {"rope_type": "default", "rope_theta": "abc"}},
+    {"rms_norm_eps": float("nan")},
+    {"num_hidden_layers": 2**40},
+]
 
 
 def make_yaml(work: Path) -> None:

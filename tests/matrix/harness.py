@@ -24,7 +24,7 @@ BOUND = 1e-5
 """Largest difference, relative to the norm of what is compared, in float32."""
 
 LOSS = "lm loss"
-OF_PAIRS = ("logps/chosen", "logps/rejected", "nll_loss", "logits/chosen", "entropy")
+OF_PAIRS = ("logps/chosen", "logps/rejected", "nll_loss", "entropy")
 """What is compared of the log beside the loss, where it has it."""
 
 STEPS = 2

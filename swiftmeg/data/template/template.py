@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,12 @@ from swiftmeg.data.template.chat_templates import GENERATION, ChatTemplate
 from swiftmeg.data.template.loss_weights import LossScale, Weighted
 from swiftmeg.data.template.loss_wishes import Choice, Part, Wishes, divide, looked_for, outside
 from swiftmeg.data.template.span_tokenizer import SpanTokenizer
+from swiftmeg.data.template.template_options import (
+    check_agent_template,
+    check_choice,
+    end_tokens,
+    read_system,
+)
 from swiftmeg.data.template.turn_cache import Shapes, quoted_markup
 from swiftmeg.data.tools import check_answered, loss_wishes, parse_tools, to_chat
 from swiftmeg.data.turns import REASONING, Message, Render, Turn, find_turns
@@ -73,7 +78,7 @@ class Template:
         agent_template: str | None = None,
         vocab_size: int | None = None,
     ) -> None:
-        _check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
+        check_choice("--truncation_strategy", truncation_strategy, TRUNCATION_STRATEGIES)
         if max_length is not None and max_length < 2:
             raise UserError(f"--max_length {max_length}: must be at least 2")
         self.tokenizer = tokenizer
@@ -88,12 +93,12 @@ class Template:
         self._renderer: ChatRenderer | None = None
         if use_chat_template and name != GENERATION:
             self._renderer = ChatRenderer(tokenizer, name)
-        _check_agent_template(agent_template, self._renderer)
+        check_agent_template(agent_template, self._renderer)
         self.system = read_system(system)
         if self.system is None and self.chat is not None:
             self.system = self.chat.system
         self._tokens = SpanTokenizer(tokenizer)
-        self._end_tokens = _end_tokens(tokenizer)
+        self._end_tokens = end_tokens(tokenizer)
         markup = {*self._end_tokens, *(quoted_markup(self.chat.jinja) if self.chat else ())}
         self._shapes = Shapes(self._turns_by_strategy, markup)
 
@@ -386,54 +391,3 @@ def _unshown(message: Message, text: str) -> bool:
 def _plain(messages: list[Message]) -> list[Message]:
     """The same conversation with texts that no template treats specially."""
     return [{**message, "content": f"text {k}"} for k, message in enumerate(messages)]
-
-
-def _check_choice(flag: str, value: str, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise UserError(f"{flag} {value}: unknown; accepted: {', '.join(accepted)}")
-
-
-def _check_agent_template(name: str | None, renderer: ChatRenderer | None) -> None:
-    """UserError unless tools are written as `name` says, or nothing is said."""
-    if name is None:
-        return
-    if name != "hermes":
-        raise UserError(
-            f"--agent_template {name}: tools are written as the chat template says: drop it"
-        )
-    if renderer is None or "<tool_call>" not in renderer.tools_jinja:
-        raise UserError(
-            "--agent_template hermes: the chat template writes no <tool_call>: drop it, or choose "
-            "--template chatml, qwen or qwen2_5"
-        )
-
-
-def _end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Return the texts of the tokens that may close a turn: special ones and other markers.
-
-    `</think>`, `</tool_call>` and their like are added tokens too, but close a part of a turn.
-    """
-    texts = {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}
-    special = {
-        *(token.content for token in tokenizer.added_tokens_decoder.values() if token.special),
-        *tokenizer.all_special_tokens,
-    }
-    return tuple(
-        sorted(
-            text
-            for text in texts
-            if text.strip() and (text in special or not text.startswith("</"))
-        )
-    )
-
-
-def read_system(system: str | None) -> str | None:
-    """Return the text of a system prompt, which may stand in a .txt file."""
-    if system is None:
-        return None
-    if system.endswith(".txt"):
-        try:
-            return Path(system).read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise UserError(f"--system {system}: cannot be read ({error.strerror})") from None
-    return system.replace("\\n", "\n")
