@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -78,6 +79,22 @@ def _train_bias_of_frozen_weight() -> None:
 
     linear_with_frozen_weight._original = linear  # type: ignore[attr-defined]
     layers.linear_with_frozen_weight = linear_with_frozen_weight
+
+
+def accumulate_by(add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
+    """Let Megatron's linear layers accumulate weight gradients by `add_product(buffer, grad, x)`.
+
+    They look for a module of apex, which is not on PyPI. Can go when they use torch's product.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    def accumulate(x: torch.Tensor, grad: torch.Tensor, buffer: torch.Tensor) -> None:
+        add_product(buffer, grad, x)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=accumulate, wgrad_gemm_accum_fp16=accumulate
+    )
+    layers._grad_accum_fusion_available = True
 
 
 def store_layers_by_number() -> None:
@@ -237,8 +254,8 @@ def _build_predictions_of_own_layers() -> None:
     gpt.mtp_block_spec = lambda config, layers, vp_stage=None: config.prediction_spec(vp_stage)
 
 
-def turn_packs(turn: Callable[..., torch.Tensor]) -> None:
-    """Apply rotary embeddings to the heads of a pack with `turn`, where there is a GPU.
+def rotate_packs(rotate: Callable[..., torch.Tensor]) -> None:
+    """Apply rotary embeddings to the heads of a pack with `rotate`, where there is a GPU.
 
     Megatron goes from sample to sample, with a dozen small kernels for each, and waits for the GPU
     to learn how long they are, for queries and keys of every layer. Can go when it does not. On
@@ -247,7 +264,7 @@ def turn_packs(turn: Callable[..., torch.Tensor]) -> None:
     from megatron.core.models.common.embeddings import rope_utils
 
     if platform.has_cuda():
-        rope_utils._apply_rotary_pos_emb_thd = turn
+        rope_utils._apply_rotary_pos_emb_thd = rotate
 
 
 def attach_prediction_losses(attach: Callable[..., Any]) -> None:

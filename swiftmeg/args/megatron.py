@@ -39,8 +39,9 @@ class TrainingArguments(MegatronFlags):
     """Steps between log lines; the first step is logged too."""
     tensorboard_dir: str | None = None
     """TensorBoard folder. None: `runs` in the output folder."""
-    cross_entropy_loss_fusion: bool = False
-    """Fuse the vocabulary-parallel cross entropy."""
+    cross_entropy_loss_fusion: bool | None = None
+    """Compute the cross entropy in blocks of tokens, without whole logits, which is also done
+    without the flag. false: whole logits and Megatron's unfused loss."""
     cross_entropy_fusion_impl: Literal["native", "te"] = "native"
     """Which fused cross entropy."""
     calculate_per_token_loss: bool = True
@@ -85,8 +86,8 @@ class TrainingArguments(MegatronFlags):
     """Switch off TransformerEngine's fused RoPE, which is used where layers and scaling allow it,
     also with false."""
     no_gradient_accumulation_fusion: bool | None = None
-    """Switch off weight-gradient accumulation inside the product, which is on in
-    TransformerEngine's layers, in native ones with apex's kernel, also with false."""
+    """Switch off weight-gradient accumulation inside the products, which is on where there is a
+    GPU, also with false. apex is not needed."""
     exit_interval: int | None = None
     """Save and end when the step is a multiple of this."""
     exit_duration_in_mins: int | None = None

@@ -101,11 +101,17 @@ def megatron_namespace(
 
 
 def layout_attributes(
-    megatron_args: dict[str, Any], padded_vocab: int, backend: str, accumulate: bool = False
+    megatron_args: dict[str, Any],
+    padded_vocab: int,
+    backend: str,
+    *,
+    accumulate: bool = False,
+    in_blocks: bool = False,
 ) -> dict[str, Any]:
     """Attributes of the namespace that the model builder reads.
 
-    `accumulate`: TransformerEngine's layers and the experts add up weight gradients themselves.
+    `accumulate`: products add weight gradients to Megatron's buffers. `in_blocks`: the loss is
+    computed without whole logits.
     """
     return {
         "vocab_size": megatron_args["vocab_size"],
@@ -113,6 +119,7 @@ def layout_attributes(
         "padded_vocab_size": padded_vocab,
         "layer_backend": backend,
         "accumulate_inside_products": accumulate,
+        "logits_in_blocks": in_blocks,
         "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
         "distributed_backend": platform.backend(),
         **MODEL_SWITCHES,

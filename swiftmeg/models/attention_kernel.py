@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from swiftmeg.models.kernels.varlen_attention import has_flash_attention_4
+
 
 class AttentionConfig(Protocol):
     """What the choice reads of Megatron's namespace or of a TransformerConfig."""
@@ -109,6 +111,15 @@ def _transformer_engine_applies(asked: Attention) -> bool:
     return asked.backend == "transformer_engine" and not unsupported
 
 
+def _flash_attention_4_applies(asked: Attention) -> bool:
+    """Where it is installed, with head sizes that it is made for."""
+    sizes = (asked.key_size, asked.value_size)
+    fits = all(size % 8 == 0 and size <= 256 for size in sizes)
+    plain = not asked.dropout and not asked.sinks
+    asks = asked.packed and asked.device == "cuda" and asked.half
+    return asks and plain and fits and has_flash_attention_4()
+
+
 def _varlen_applies(asked: Attention) -> bool:
     """Where one launch can do all samples of a pack."""
     plain = not asked.dropout and not asked.sinks and asked.key_size == asked.value_size
@@ -150,10 +161,13 @@ def _masked_bytes(asked: Attention, extent: Extent) -> float:
 TRANSFORMER_ENGINE = AttentionKernel(
     "transformer_engine", _transformer_engine_applies, _transformer_engine, _softmax_bytes
 )
+FLASH_ATTENTION_4 = AttentionKernel(
+    "flash_attention_4", _flash_attention_4_applies, _native, _softmax_bytes
+)
 VARLEN = AttentionKernel("varlen", _varlen_applies, _native, _softmax_bytes)
 SDPA = AttentionKernel("sdpa", lambda asked: True, _native, _masked_bytes)
 
-KERNELS = (TRANSFORMER_ENGINE, VARLEN, SDPA)
+KERNELS = (TRANSFORMER_ENGINE, FLASH_ATTENTION_4, VARLEN, SDPA)
 """In the order of preference."""
 
 

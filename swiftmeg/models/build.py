@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core import mpu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models import GPTModelConfig
 
 from swiftmeg import upstream
 from swiftmeg.errors import UserError
+from swiftmeg.models import head
 from swiftmeg.models.arguments import LayerSwitches
+from swiftmeg.models.kernels.weight_gradient import add_product
 from swiftmeg.models.layers import block_spec, prediction_spec
 from swiftmeg.models.layout import Dims
 from swiftmeg.models.mtp import attach_prediction_losses, read_before_norm
@@ -22,7 +23,7 @@ from swiftmeg.models.rope import (
     ScaledRotaryEmbedding,
     TypedRotaryEmbedding,
     rope_types,
-    turn_pack,
+    rotate_pack,
 )
 
 ModelHook = Callable[[list[GPTModel]], list[GPTModel]]
@@ -82,7 +83,12 @@ def model_config(
             _use_hf_rope(model, hf_config)
             if args.num_experts is not None:
                 _keep_marks_whole(model)
-            _forbid_padded_vocabulary(model, args.vocab_size)
+            head.prepare(
+                model,
+                args.vocab_size,
+                in_blocks=args.logits_in_blocks,
+                accumulates=args.accumulate_inside_products,
+            )
             if model.mtp_process and LayerSwitches.of(args).predictions_before_norm:
                 read_before_norm(model)
             if not args.fp8:
@@ -101,7 +107,8 @@ def model_config(
     config.transformer_layer_spec = spec
     config.prediction_spec = predictions
     upstream.attach_prediction_losses(attach_prediction_losses)
-    upstream.turn_packs(turn_pack)
+    upstream.rotate_packs(rotate_pack)
+    upstream.accumulate_by(add_product)
     config.pre_wrap_hooks = [finish, *(pre_wrap_hooks or [])]
     config.post_wrap_hooks = list(post_wrap_hooks or [])
     return config
@@ -159,23 +166,6 @@ def _keep_marks_whole(model: GPTModel) -> None:
         return (*outputs[:5], padding_mask, *outputs[6:])
 
     model._preprocess = keep
-
-
-def _forbid_padded_vocabulary(model: GPTModel, vocab_size: int) -> None:
-    """Take the rows that pad the vocabulary out of the softmax, forward and backward."""
-    if not model.post_process or model.vocab_size == vocab_size:
-        return
-    rows = model.vocab_size // mpu.get_tensor_model_parallel_world_size()
-    first = max(vocab_size - rows * mpu.get_tensor_model_parallel_rank(), 0)
-    if first >= rows:
-        return
-
-    def mask(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
-        logits, bias = output
-        logits[..., first:] = torch.finfo(logits.dtype).min
-        return logits, bias
-
-    model.output_layer.register_forward_hook(mask)
 
 
 def _leave_out_extra_state(model: GPTModel) -> None:

@@ -37,6 +37,7 @@ from swiftmeg.models.linear_attention import GatedDeltaNet, GatedDeltaNetSubmodu
 from swiftmeg.models.mla import LatentAttention, latent_attention_submodules
 from swiftmeg.models.moe import MoELayer, Router
 from swiftmeg.models.native import NativeSpecProvider
+from swiftmeg.models.native.mlp import GatedMLP
 from swiftmeg.models.norms import NormAcrossHeads, NormAfterLayer
 from swiftmeg.models.routing import choice_of
 
@@ -262,6 +263,8 @@ def _qk_norms(
 def _mlp(provider: BackendSpecProvider, switches: LayerSwitches) -> Any:
     mlp = get_mlp_module_spec_for_backend(provider)
     submodules = mlp.keywords["submodules"]
+    if isinstance(provider, NativeSpecProvider):
+        mlp = partial(GatedMLP.as_mlp_submodule, submodules=submodules)
     if not switches.norm_before:
         submodules.linear_fc1 = provider.column_parallel_linear()
     if switches.mlp_bias:

@@ -14,6 +14,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from torch import Tensor
 
 from swiftmeg.errors import UserError
+from swiftmeg.models.head import TokenStatistics, skips_logits, token_losses
 from swiftmeg.models.loss_sums import LOSSES
 
 
@@ -53,11 +54,25 @@ def attach_prediction_losses(
     for number, hidden in enumerate(modules, start=1):
         labels, _ = shift(labels)
         loss_mask, count = shift(loss_mask)
-        logits, _ = output_layer(hidden, weight=output_weight)
-        hits, places = _compute_mtp_acceptance_counts(
-            logits, labels, loss_mask, output_layer, None, tp_group
-        )
-        losses = compute_language_model_loss(labels, logits) * loss_mask
+        if skips_logits(output_layer):
+            seen = TokenStatistics()
+            losses = token_losses(
+                hidden_states=hidden,
+                output_layer=output_layer,
+                output_weight=output_weight,
+                labels=labels,
+                context=seen,
+            )
+            assert seen.is_likeliest is not None
+            trained = loss_mask.bool()
+            hits, places = (seen.is_likeliest * trained).sum(), trained.sum().float()
+        else:
+            logits, _ = output_layer(hidden, weight=output_weight)
+            hits, places = _compute_mtp_acceptance_counts(
+                logits, labels, loss_mask, output_layer, None, tp_group
+            )
+            losses = compute_language_model_loss(labels, logits)
+        losses = losses * loss_mask
         LOSSES.add(loss_name(number), losses.sum(), count)
         LOSSES.add(acceptance_name(number), 100 * hits, places)
         output = MTPLossAutoScaler.apply(output, scale * losses)

@@ -7,7 +7,6 @@ makes every scaling of a published config.json mean the same in training and in 
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -15,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from swiftmeg.errors import UserError
 from swiftmeg.models import arguments
 from swiftmeg.models.context import positions
+from swiftmeg.models.kernels import rope
 
 
 def rope_types(hf_config: Any) -> dict[str | None, str]:
@@ -26,17 +26,46 @@ def rope_types(hf_config: Any) -> dict[str | None, str]:
     return {kind: arguments.rope_type(config, kind) for kind in arguments.ropes(config)}
 
 
-def turn_pack(
-    t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, cp_group: Any, **kwargs: Any
+def rotate_pack(
+    heads: Tensor,
+    cu_seqlens: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    mla_rotary_interleaved: bool = False,
+    mscale: float = 1.0,
+    cp_group: Any = None,
 ) -> Tensor:
-    """Turn the heads t [t, heads, d] of all samples of a pack at once.
+    """Apply rotary embeddings to the `heads` [t, n, d] of all samples of a pack at once.
 
     Takes the arguments of Megatron's `_apply_rotary_pos_emb_thd`, and does the same without waiting
-    for the GPU: `freqs` [longest, 1, 1, dim] are angles by position in a sample.
+    for the GPU: `freqs` [longest, 1, 1, dim] are angles by position in a sample. With
+    `mla_rotary_interleaved` pairs lie beside each other before, and apart after.
     """
-    places = positions(cu_seqlens, len(t), cp_group.rank(), cp_group.size())
-    turned = rope_utils._apply_rotary_pos_emb_bshd(t[:, None], freqs[places], *args, **kwargs)
-    return turned[:, 0]
+    at = _positions_of(cu_seqlens, len(heads), cp_group)
+    cosine, sine = _tables(freqs, mscale, rotary_interleaved)
+    reads_pairs = rotary_interleaved or mla_rotary_interleaved
+    return rope.rotate(
+        heads, at, cosine, sine, reads_pairs=reads_pairs, writes_pairs=rotary_interleaved
+    )
+
+
+def _positions_of(cu_seqlens: Tensor, local: int, cp_group: Any) -> Tensor:
+    """Positions int64 [local] of this rank's tokens, found once a batch: all layers share them."""
+    found: Tensor | None = getattr(cu_seqlens, "positions", None)
+    if found is None or len(found) != local:
+        found = positions(cu_seqlens, local, cp_group.rank(), cp_group.size())
+        cu_seqlens.positions = found  # type: ignore[attr-defined]
+    return found
+
+
+def _tables(freqs: Tensor, mscale: float, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [longest, dim / 2] of angles in which each stands twice, found once."""
+    tables: dict[float, tuple[Tensor, Tensor]] = freqs.__dict__.setdefault("tables", {})
+    if mscale not in tables:
+        angles = freqs[:, 0, 0].float()
+        angles = angles[:, ::2] if interleaved else angles[:, : angles.shape[1] // 2]
+        tables[mscale] = (angles.cos() * mscale, angles.sin() * mscale)
+    return tables[mscale]
 
 
 class ScaledRotaryEmbedding(RotaryEmbedding):

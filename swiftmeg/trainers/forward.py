@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from swiftmeg.models.context import cut_batch
+from swiftmeg.models.head import output_options
 from swiftmeg.models.router_losses import token_marks
 
 Batch = dict[str, Tensor]
@@ -25,7 +26,10 @@ def take_batch(iterator: Iterator[Batch]) -> Batch:
     batch = dict(next(iterator))
     on_host = {name: batch.pop(name) for name in _ON_HOST if name in batch}
     device = torch.cuda.current_device()
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    # Only copies from pinned memory do not wait for what the GPU has still to do.
+    batch = {
+        name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()
+    }
     size = mpu.get_context_parallel_world_size()
     if size > 1:
         batch = cut_batch(batch, mpu.get_context_parallel_rank(), size)
@@ -49,6 +53,7 @@ def run_model(model: Any, batch: Batch) -> Tensor:
         loss_mask=batch["weights"],
         packed_seq_params=packed_params(batch.get("cu_seqlens"), batch.get("max_seqlen")),
         padding_mask=marks,
+        **output_options(unwrap_model(model)),
     )
     return output
 

@@ -1,7 +1,6 @@
 """Megatron's namespace for a training run."""
 
 import argparse
-import importlib.util
 import logging
 import math
 from typing import Any, Protocol
@@ -77,7 +76,7 @@ def training_namespace(
         "use_persistent_ckpt_worker": args.async_save and platform.has_cuda(),
         "distributed_backend": args.distributed_backend or platform.backend(),
         "no_rope_fusion": _no_rope_fusion(args, backend, model),
-        "no_gradient_accumulation_fusion": _no_gradient_accumulation_fusion(args),
+        "no_gradient_accumulation_fusion": not _accumulates(args),
         "no_persist_layer_norm": backend == "native",
         # Megatron knows `local` for its own layers alone; native ones have their own attention.
         "attention_backend": args.attention_backend.replace("local", "auto"),
@@ -86,10 +85,12 @@ def training_namespace(
     # Megatron's own name for it is an attribute that it works out.
     parts = flags.pop("virtual_pipeline_model_parallel_size", None)
     flags["num_virtual_stages_per_pipeline_rank"] = parts if (parts or 1) > 1 else None
-    if args.recompute_granularity == "none":
-        del flags["recompute_granularity"]
-    elif args.recompute_granularity == "selective" and args.recompute_modules is None:
+    if args.recompute_granularity == "selective" and args.recompute_modules is None:
         flags["recompute_modules"] = ["core_attn"]
+        if _has_fused_attention(args):
+            del flags["recompute_granularity"]
+    elif args.recompute_granularity == "none":
+        del flags["recompute_granularity"]
     vocabulary = padded_vocab_size(
         model.megatron_args["vocab_size"], args.tensor_model_parallel_size
     )
@@ -97,7 +98,8 @@ def training_namespace(
         model.megatron_args,
         vocabulary,
         backend,
-        accumulate=args.no_gradient_accumulation_fusion is not True,
+        accumulate=_accumulates(args),
+        in_blocks=args.cross_entropy_loss_fusion is not False,
     )
     namespace = megatron_namespace(flags, args.extra_megatron_kwargs, attributes)
     # Megatron switches it off without a worker of its own, which takes tensors over shared memory:
@@ -141,8 +143,11 @@ def _no_rope_fusion(args: Any, backend: str, model: HFModel) -> bool:
     return backend == "native" or "yarn" in rope_types(model.hf_config).values() or bool(unfused)
 
 
-def _no_gradient_accumulation_fusion(args: Any) -> bool:
-    """Megatron's own layers need apex's kernel for it; TransformerEngine's bring theirs."""
-    if args.no_gradient_accumulation_fusion:
-        return True
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
+def _has_fused_attention(args: Any) -> bool:
+    """Whether attention keeps no scores, so that computing it again would save nothing."""
+    return (args.bf16 or args.fp16) and args.attention_backend not in ("unfused", "local")
+
+
+def _accumulates(args: Any) -> bool:
+    """Whether products add weight gradients to Megatron's buffers."""
+    return platform.has_cuda() and not args.no_gradient_accumulation_fusion

@@ -1,6 +1,7 @@
 """Attention between the projections, of the native backend."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +20,15 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor
 
-from swiftmeg.models.attention_kernel import VARLEN, Attention, AttentionKernel, kernel_for
+from swiftmeg.models.attention_kernel import (
+    FLASH_ATTENTION_4,
+    VARLEN,
+    Attention,
+    AttentionKernel,
+    kernel_for,
+)
 from swiftmeg.models.context import gather
+from swiftmeg.models.kernels.varlen_attention import Segments, flash_attention_4, torch_varlen
 
 
 class DotProductAttention(MegatronModule):
@@ -123,9 +131,12 @@ class DotProductAttention(MegatronModule):
             split = [key.shape[-1], value.shape[-1]]
             both = gather(torch.cat([key, value], dim=-1), borders, self._group())
             key, value = both.split(split, dim=-1)
+        kernel = self._kernel(query, value, packed)
+        if kernel is FLASH_ATTENTION_4:
+            return self._varlen(flash_attention_4, query, key, value, packed_seq_params).flatten(-2)
         key, value = self._repeat(query, key, value)
-        if self._kernel(query, value, packed) is VARLEN:
-            return self._varlen(query, key, value, packed_seq_params).flatten(-2)
+        if kernel is VARLEN:
+            return self._varlen(torch_varlen, query, key, value, packed_seq_params).flatten(-2)
         if packed:
             query, key, value = (x[:, None] for x in (query, key, value))
         out = self._segments(query, key, value, borders.tolist())
@@ -182,9 +193,14 @@ class DotProductAttention(MegatronModule):
             )
         )
 
-    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
+    def _varlen(
+        self,
+        attend: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        packed: PackedSeqParams,
+    ) -> Tensor:
         borders = packed.cu_seqlens_q
         q_borders = k_borders = borders
         longest_q = longest_k = int(packed.max_seqlen_q)
@@ -203,16 +219,14 @@ class DotProductAttention(MegatronModule):
             key, value = key[places], value[places]
             longest_q //= 2 * self.cp_size
             longest_k = longest_q * (late + 1)
-        return varlen_attn(  # type: ignore[return-value]
+        return attend(
             query,
             key,
             value,
-            q_borders,
-            k_borders,
-            longest_q,
-            longest_k,
+            Segments(q_borders, k_borders, longest_q, longest_k),
             scale=self.scale,
-            window_size=(-1 if self.window is None else self.window - 1, 0),
+            window=None if self.window is None else self.window - 1,
+            deterministic=self.config.deterministic_mode,
         )
 
     def _drops(self) -> bool:

@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupe
 from swiftmeg.models.native.attention import DotProductAttention
 from swiftmeg.models.native.experts import ColumnParallelExperts, RowParallelExperts
 from swiftmeg.models.native.linear import ReplicatedLinear
+from swiftmeg.models.native.mlp import GatedRowParallelLinear
 from swiftmeg.models.native.norm import RMSNorm
 
 
@@ -24,6 +25,10 @@ class NativeSpecProvider(LocalSpecProvider):
     ) -> Any:
         """The norm of every position in a layer."""
         return RMSNorm
+
+    def row_parallel_linear(self) -> type:
+        """A projection whose input is split over tensor-parallel ranks."""
+        return GatedRowParallelLinear
 
     def core_attention(self) -> type:
         """Attention between the projections."""
