@@ -45,6 +45,7 @@ def apply() -> None:
     _build_predictions_of_own_layers()
     _train_at_own_rates()
     _resume_sgd()
+    _update_in_few_launches()
     if not platform.has_cuda():
         # initialize_megatron asserts CUDA unless told otherwise, and pretrain() does not pass the
         # switch on. Can go when pretrain() takes `allow_no_cuda`.
@@ -97,6 +98,49 @@ def accumulate_by(add_product: Callable[[torch.Tensor, torch.Tensor, torch.Tenso
     layers._grad_accum_fusion_available = True
 
 
+def _update_in_few_launches() -> None:
+    """Let gradient norm, clipping and Adam go over all parameters at once on GPUs.
+
+    Without TransformerEngine and apex Megatron goes from parameter to parameter, with a launch and
+    a wait for the GPU for each. Can go when it uses torch's functions for lists.
+    """
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.training import training
+
+    if distrib_optimizer.HAVE_APEX_OR_TE or not platform.has_cuda():
+        return
+
+    def norm(chunk: int, flag: Any, lists: list[list[torch.Tensor]], *args: Any) -> Any:
+        norms = torch.stack(list(torch._foreach_norm(lists[0])))
+        return torch.linalg.vector_norm(norms).reshape(1), None
+
+    def scale(chunk: int, flag: Any, lists: list[list[torch.Tensor]], factor: float) -> None:
+        source, target = lists
+        if source is not target:
+            torch._foreach_copy_(target, source)
+        torch._foreach_mul_(target, factor)
+
+    clip_grads.l2_norm_impl = norm
+    clip_grads.multi_tensor_scale_impl = scale
+    make = unpatched(training, "get_megatron_optimizer")
+
+    def get_megatron_optimizer(*args: Any, **kwargs: Any) -> Any:
+        optimizer = make(*args, **kwargs)
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            _fuse(each.optimizer)
+        return optimizer
+
+    get_megatron_optimizer._original = make  # type: ignore[attr-defined]
+    training.get_megatron_optimizer = get_megatron_optimizer
+
+
+def _fuse(optimizer: Any) -> None:
+    """Let torch's Adam update all parameters by one kernel."""
+    if isinstance(optimizer, torch.optim.Adam):
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+
+
 def store_layers_by_number() -> None:
     """Give every layer entries of its own in checkpoints that are written from now on.
 
@@ -140,7 +184,8 @@ def _resume_torch_adam() -> None:
                     moments = {
                         key: torch.zeros_like(parameter) for key in self.optimizer_state_keys
                     }
-                    self.optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
+                    step = torch.zeros((), device=parameter.device)
+                    self.optimizer.state[parameter] = {"step": step, **moments}
         state = self.optimizer.state
         steps = [float(each["step"]) for each in state.values()]
         step = torch.tensor(max(steps, default=0.0), device=torch.cuda.current_device())

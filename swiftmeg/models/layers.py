@@ -4,11 +4,10 @@ import importlib.util
 from functools import partial
 from typing import Any
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import (
@@ -39,7 +38,9 @@ from swiftmeg.models.moe import MoELayer, Router
 from swiftmeg.models.native import NativeSpecProvider
 from swiftmeg.models.native.mlp import GatedMLP
 from swiftmeg.models.norms import NormAcrossHeads, NormAfterLayer
+from swiftmeg.models.residual import add_residual
 from swiftmeg.models.routing import choice_of
+from swiftmeg.models.self_attention import PackedSelfAttention
 
 
 def choose_backend(transformer_impl: str | None) -> str:
@@ -198,10 +199,10 @@ def _layer_spec(
             self_attention=(
                 _delta_net(provider) if linear else _attention(config, provider, switches)
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_residual,
             pre_mlp_layernorm=IdentityOp if fused and not experts else norm,
             mlp=_experts(config, provider, switches) if experts else _mlp(provider, switches),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add_residual,
             sharded_state_dict_keys_map={} if fused else fused_norms,
         ),
     )
@@ -224,7 +225,7 @@ def _attention(
     fused = provider.column_parallel_layer_norm_linear() if switches.norm_before else None
     q_norm, k_norm = _qk_norms(config, provider, switches)
     return ModuleSpec(
-        module=SelfAttention,
+        module=PackedSelfAttention,
         params=params,
         submodules=SelfAttentionSubmodules(
             linear_qkv=fused or provider.column_parallel_linear(),

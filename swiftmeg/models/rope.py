@@ -15,6 +15,7 @@ from swiftmeg.errors import UserError
 from swiftmeg.models import arguments
 from swiftmeg.models.context import positions
 from swiftmeg.models.kernels import rope
+from swiftmeg.models.kernels.qkv import Rotation
 
 
 def rope_types(hf_config: Any) -> dict[str | None, str]:
@@ -41,12 +42,26 @@ def rotate_pack(
     for the GPU: `freqs` [longest, 1, 1, dim] are angles by position in a sample. With
     `mla_rotary_interleaved` pairs lie beside each other before, and apart after.
     """
-    at = _positions_of(cu_seqlens, len(heads), cp_group)
-    cosine, sine = _tables(freqs, mscale, rotary_interleaved)
-    reads_pairs = rotary_interleaved or mla_rotary_interleaved
+    at = pack_rotation(freqs, cu_seqlens, len(heads), mscale, rotary_interleaved, cp_group)
     return rope.rotate(
-        heads, at, cosine, sine, reads_pairs=reads_pairs, writes_pairs=rotary_interleaved
+        heads,
+        at.positions,
+        at.cosine,
+        at.sine,
+        reads_pairs=rotary_interleaved or mla_rotary_interleaved,
+        writes_pairs=rotary_interleaved,
     )
+
+
+def pack_rotation(
+    freqs: Tensor, cu_seqlens: Tensor, local: int, mscale: float, interleaved: bool, cp_group: Any
+) -> Rotation:
+    """Return the rotary embeddings of the `local` tokens that this rank holds of a pack.
+
+    The arguments are those of `rotate_pack`.
+    """
+    cosine, sine = _tables(freqs, mscale, interleaved)
+    return Rotation(_positions_of(cu_seqlens, local, cp_group), cosine, sine, interleaved)
 
 
 def _positions_of(cu_seqlens: Tensor, local: int, cp_group: Any) -> Tensor:

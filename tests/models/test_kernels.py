@@ -1,11 +1,11 @@
-"""Kernels' plain torch forms, which stand for them on CPUs, against fp64; and on GPUs the kernels."""
+"""Kernels against fp64: on GPUs themselves, on CPUs the plain torch forms that stand for them."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swiftmeg.models.kernels import rope, swiglu
+from swiftmeg.models.kernels import qkv, rope, swiglu
 from swiftmeg.models.kernels.weight_gradient import add_product
 from swiftmeg.models.native.mlp import _SwiGLUProduct
 
@@ -80,6 +80,47 @@ def test_rotation(
             out = by_complex_numbers(view, angles[positions].double(), *orders)
         (out * into).sum().backward()
         results.append((out, x.grad))
+    for one, other in zip(*results, strict=True):
+        close(one, other)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "width"),
+    [(qkv.Heads(1, 1, 4), 4), (qkv.Heads(2, 3, 10), 6), (qkv.Heads(3, 2, 128), 128)],
+)
+def test_heads_are_split_normed_and_rotated(
+    device: str, offset: float | None, interleaved: bool, heads: qkv.Heads, width: int
+) -> None:
+    torch.manual_seed(1)
+    size = heads.size
+    start = torch.randn(9, heads.groups * (heads.queries + 2) * size, device=device)
+    positions = torch.tensor([0, 1, 2, 0, 0, 1, 2, 3, 5], device=device)
+    angles = torch.randn(6, width // 2, device=device)
+    weights = torch.rand(2, size, device=device) + 0.5
+    counts = (heads.groups * heads.queries, heads.groups, heads.groups)
+    into = [torch.randn(9, count, size, device=device) for count in counts]
+    results = []
+    for dtype in (torch.float, torch.double):
+        x = start.detach().to(dtype, copy=True).requires_grad_()
+        w = weights.detach().to(dtype, copy=True).requires_grad_()
+        if dtype is torch.float:
+            rotation = qkv.Rotation(positions, angles.cos(), angles.sin(), interleaved)
+            norm = None if offset is None else qkv.HeadNorm(w[0], w[1], 1e-3, offset)
+            parts = qkv.split_and_rotate(x, heads, rotation, norm)
+        else:
+            groups = x.view(9, heads.groups, -1, size)
+            query, key = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2]
+            if offset is not None:
+                query = F.rms_norm(query, (size,), w[0] + offset, 1e-3)
+                key = F.rms_norm(key, (size,), w[1] + offset, 1e-3)
+            turn = angles[positions].double()
+            rotated = [by_complex_numbers(y, turn, interleaved, interleaved) for y in (query, key)]
+            parts = (*rotated, groups[:, :, -1])
+        sum((part * grad).sum() for part, grad in zip(parts, into, strict=True)).backward()
+        results.append((*parts, x.grad, *([] if offset is None else [w.grad])))
     for one, other in zip(*results, strict=True):
         close(one, other)
 
