@@ -84,7 +84,7 @@ SHAPES = {
     ),
     # DeepSeek-V3's layers in small: latent attention, sigmoid router with bias, a shared expert
     "deepseek-v3-small": DeepseekV3Config(
-        vocab_size=32000,
+        vocab_size=49152,
         hidden_size=2048,
         intermediate_size=8192,
         moe_intermediate_size=1024,
