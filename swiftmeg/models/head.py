@@ -5,8 +5,8 @@ projects them again. So the memory is that of one block, whatever the vocabulary
 more in the backward pass. Rows that pad the vocabulary are left out of the softmax.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +26,23 @@ _BLOCK_ELEMENTS = 1 << 28
 class TokenStatistics:
     """What a forward pass knows of each token's distribution beside its loss, fp32 [b, s].
 
-    None of it has a gradient. `token_losses(..., output_processor_context=...)` fills one.
+    A forward pass with `output_options(model, statistics)` fills them in. They have no gradient.
     """
 
-    entropy: Tensor | None = None
+    entropy: Tensor = field(init=False)
     """In nats."""
-    mean_logit: Tensor | None = None
+    mean_logit: Tensor = field(init=False)
     """Over the vocabulary."""
-    log_collision: Tensor | None = None
+    log_collision: Tensor = field(init=False)
     """The logarithm of the sum of squared probabilities."""
-    is_likeliest: Tensor | None = None
+    is_likeliest: Tensor = field(init=False)
     """1 where no logit is larger than the label's, else 0."""
+
+    def fill(self, facts: Iterable[Tensor], shape: torch.Size) -> None:
+        """Take each statistic, fp32 [s * b], of `shape` (s, b)."""
+        self.entropy, self.mean_logit, self.log_collision, self.is_likeliest = (
+            each.view(shape).t().contiguous() for each in facts
+        )
 
 
 class _Vocabulary(NamedTuple):
@@ -49,9 +55,9 @@ class _Vocabulary(NamedTuple):
     size: int
     """Words of all ranks."""
     group: torch.distributed.ProcessGroup
-    sums_gradients: bool
+    sums_gradients: bool = False
     """Whether the ranks' gradients of the hidden states are summed here."""
-    accumulates: bool
+    accumulates: bool = False
     """Whether the gradient of the weight is added to Megatron's buffer."""
 
 
@@ -91,11 +97,38 @@ def skips_logits(output_layer: Any) -> bool:
     return type(output_layer) is ColumnParallelLinear and output_layer.in_blocks
 
 
-def output_options(model: Any) -> dict[str, Any]:
-    """What to call a GPTModel with, so that with labels it returns what `token_losses` does."""
-    if model.post_process and skips_logits(model.output_layer):
-        return {"output_processor": token_losses}
-    return {}
+def output_options(model: Any, statistics: TokenStatistics | None = None) -> dict[str, Any]:
+    """What to call a GPTModel with labels with, to get each token's cross entropy, fp32 [b, s].
+
+    The last pipeline stage fills in the `statistics` too.
+    """
+    if not model.post_process:
+        return {}
+    in_blocks = skips_logits(model.output_layer)
+    processor = token_losses if in_blocks else losses_of_whole_logits
+    return {"output_processor": processor, "output_processor_context": statistics}
+
+
+def losses_of_whole_logits(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    labels: Tensor,
+    compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
+    context: TokenStatistics | None = None,
+    **others: Any,
+) -> Tensor:
+    """Return what `token_losses` does, by way of the output layer, whatever it is."""
+    logits, _ = output_layer(hidden_states, weight=output_weight)
+    if context is not None:
+        layer = getattr(output_layer, "base_layer", output_layer)  # adapters stand around it
+        vocabulary = _vocabulary(layer, logits.shape[-1])
+        rows = logits.detach().flatten(0, 1)
+        wanted = labels.t().reshape(-1) - vocabulary.first
+        sums = _over_blocks(lambda here: rows[here], wanted, vocabulary, rows.shape[1])
+        context.fill(_facts(sums, vocabulary), logits.shape[:2])
+    return compute_language_model_loss(labels, logits)
 
 
 def token_losses(
@@ -116,12 +149,7 @@ def token_losses(
     group = output_layer.tp_group
     if output_layer.sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, True, group=group)
-    rows = weight.shape[0]
-    vocabulary = _Vocabulary(
-        first=rows * group.rank(),
-        words=_words_here(output_layer, rows),
-        size=output_layer.vocab_size,
-        group=group,
+    vocabulary = _vocabulary(output_layer, len(weight))._replace(
         sums_gradients=not output_layer.sequence_parallel and group.size() > 1,
         accumulates=output_layer.accumulates and weight_gradient.has_buffer(weight),
     )
@@ -133,9 +161,7 @@ def token_losses(
     )
     shape = hidden_states.shape[:2]
     if context is not None:
-        context.entropy, context.mean_logit, context.log_collision, context.is_likeliest = (
-            each.view(shape).t().contiguous() for each in facts
-        )
+        context.fill(facts, shape)
     return losses.view(shape).t().contiguous()
 
 
@@ -149,20 +175,11 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: _Vocabulary
     ) -> tuple[Tensor, ...]:
-        blocks = [
-            row_sums(hidden[here] @ weight.t(), labels[here], vocabulary.words)
-            for here in _blocks(len(hidden), len(weight))
-        ]
-        sums = _over_ranks(RowSums(*map(torch.cat, zip(*blocks, strict=True))), vocabulary.group)
+        sums = _over_blocks(lambda here: hidden[here] @ weight.t(), labels, vocabulary, len(weight))
         log_total = sums.total.log() + sums.largest
         ctx.save_for_backward(hidden, weight, labels, log_total)
         ctx.vocabulary = vocabulary
-        facts = (
-            log_total - sums.weighted / sums.total,
-            sums.plain / vocabulary.size,
-            sums.squares.log() - 2 * sums.total.log(),
-            (sums.target >= sums.largest).float(),
-        )
+        facts = _facts(sums, vocabulary)
         ctx.mark_non_differentiable(*facts)
         return log_total - sums.target, *facts
 
@@ -188,6 +205,34 @@ class _TokenLosses(torch.autograd.Function):
         if grad_weight is None and buffer is not None:
             grad_weight = buffer.to(weight.dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _vocabulary(output_layer: Any, rows: int) -> _Vocabulary:
+    """The columns of this rank, `rows` with their padding."""
+    group = output_layer.tp_group
+    first = rows * group.rank()
+    return _Vocabulary(first, _words_here(output_layer, rows), output_layer.vocab_size, group)
+
+
+def _over_blocks(
+    logits: Callable[[slice], Tensor], labels: Tensor, vocabulary: _Vocabulary, width: int
+) -> RowSums:
+    """Sums over the vocabulary of all ranks, from `logits(rows)` [rows, width] of this one's."""
+    blocks = [
+        row_sums(logits(here), labels[here], vocabulary.words)
+        for here in _blocks(len(labels), width)
+    ]
+    return _over_ranks(RowSums(*map(torch.cat, zip(*blocks, strict=True))), vocabulary.group)
+
+
+def _facts(sums: RowSums, vocabulary: _Vocabulary) -> tuple[Tensor, ...]:
+    """The fields of TokenStatistics, fp32 [t] each."""
+    return (
+        sums.total.log() + sums.largest - sums.weighted / sums.total,
+        sums.plain / vocabulary.size,
+        sums.squares.log() - 2 * sums.total.log(),
+        (sums.target >= sums.largest).float(),
+    )
 
 
 def _blocks(rows: int, width: int) -> Iterator[slice]:

@@ -63,7 +63,6 @@ def attach_prediction_losses(
                 labels=labels,
                 context=seen,
             )
-            assert seen.is_likeliest is not None
             trained = loss_mask.bool()
             hits, places = (seen.is_likeliest * trained).sum(), trained.sum().float()
         else:

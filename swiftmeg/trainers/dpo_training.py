@@ -15,6 +15,7 @@ from torch import Tensor
 
 from swiftmeg.data.template.template import IGNORE
 from swiftmeg.global_batch import Forward, WholeBatch
+from swiftmeg.models.head import TokenStatistics
 from swiftmeg.observer import Observer
 from swiftmeg.trainers.dpo_losses import (
     Objective,
@@ -30,7 +31,6 @@ from swiftmeg.trainers.live_reference import LiveReference
 from swiftmeg.trainers.method import Hook, Run, Training
 from swiftmeg.trainers.reference import StoredReference
 from swiftmeg.trainers.sample_sums import sample_sums
-from swiftmeg.trainers.token_statistics import LogitsWatch, TokenStatistics
 
 
 class DpoTraining(Training):
@@ -38,19 +38,13 @@ class DpoTraining(Training):
 
     def __init__(self, run: Run, megatron: Any) -> None:
         self.objective = Objective.of(run.args)
-        self.watch = LogitsWatch(megatron.vocab_size)
         self.reference: LiveReference | None = None
         if not run.args.reference_free:
             first = run.args.precompute_ref_log_probs
             self.reference = (StoredReference if first else live_reference)(run, megatron)
 
     def hooks(self) -> list[Hook]:
-        def attach(models: list[Any]) -> list[Any]:
-            for model in models:
-                self.watch.attach(model)
-            return models
-
-        return [attach] if self.reference is None else [attach, *self.reference.hooks()]
+        return [] if self.reference is None else self.reference.hooks()
 
     def observers(self) -> list[Observer]:
         return [] if self.reference is None else [self.reference]
@@ -62,11 +56,12 @@ class DpoTraining(Training):
         self, iterator: Iterator[Batch], model: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         batch = take_batch(iterator)
-        self.watch.want(batch["labels"])
-        return run_model(model, batch), partial(self._loss, batch)
+        statistics = TokenStatistics()
+        return run_model(model, batch, statistics), partial(self._loss, batch, statistics)
 
-    def _loss(self, batch: Batch, nll: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        statistics = self.watch.take()
+    def _loss(
+        self, batch: Batch, statistics: TokenStatistics, nll: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         sums = pair_sums(batch, nll, statistics, self.objective)
         real = (sums.chosen_tokens > 0) & (sums.rejected_tokens > 0)  # others fill up
         if "slopes" in batch:
@@ -94,12 +89,12 @@ class DpoTraining(Training):
     ) -> tuple[Tensor, Any]:
         """A forward step of a pass without gradients that returns PairSums."""
         batch = take_batch(iterator)
-        self.watch.want(batch["labels"])
+        statistics = TokenStatistics()
 
         def sums(nll: Tensor, non_loss_data: bool = True) -> PairSums:
-            return pair_sums(batch, nll, self.watch.take(), self.objective)
+            return pair_sums(batch, nll, statistics, self.objective)
 
-        return run_model(model, batch), sums
+        return run_model(model, batch, statistics), sums
 
     def _complete(self, parts: list[list[Batch]], forward: Forward) -> None:
         """Put into the micro-batches of a global batch what a pair's loss needs of other pairs and

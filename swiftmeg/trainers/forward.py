@@ -10,7 +10,7 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from swiftmeg.models.context import cut_batch
-from swiftmeg.models.head import output_options
+from swiftmeg.models.head import TokenStatistics, output_options
 from swiftmeg.models.router_losses import token_marks
 
 Batch = dict[str, Tensor]
@@ -36,11 +36,12 @@ def take_batch(iterator: Iterator[Batch]) -> Batch:
     return batch | on_host
 
 
-def run_model(model: Any, batch: Batch) -> Tensor:
+def run_model(model: Any, batch: Batch, statistics: TokenStatistics | None = None) -> Tensor:
     """The output of a model part for a batch of `take_batch`.
 
     On the last pipeline stage that is the cross entropy of every label, fp32 [b, s]: a negative
-    log-probability in nats, also where nothing is trained. Elsewhere hidden states.
+    log-probability in nats, also where nothing is trained; it fills in the `statistics`. Elsewhere
+    hidden states.
     """
     marks = None
     if get_model_config(model).num_moe_experts is not None:
@@ -53,7 +54,7 @@ def run_model(model: Any, batch: Batch) -> Tensor:
         loss_mask=batch["weights"],
         packed_seq_params=packed_params(batch.get("cu_seqlens"), batch.get("max_seqlen")),
         padding_mask=marks,
-        **output_options(unwrap_model(model)),
+        **output_options(unwrap_model(model), statistics),
     )
     return output
 

@@ -1,11 +1,12 @@
 """Statistics of whole logits, in blocks and in columns of ranks, against plain formulas."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from swiftmeg.trainers import token_statistics
+from swiftmeg.models import head
 from tests.ranks import run_ranks
 
 WORDS, COLUMNS = 21, 24
@@ -23,12 +24,17 @@ def logits_and_labels() -> tuple[torch.Tensor, torch.Tensor]:
 
 def statistics(block: int) -> list[dict[str, Any]]:
     """What this rank finds, which has its part of the columns."""
-    token_statistics._BLOCK_ELEMENTS = block
+    head._BLOCK_ELEMENTS = block
     logits, labels = logits_and_labels()
     group = torch.distributed.group.WORLD
     assert group is not None
     mine = logits.chunk(group.size(), dim=-1)[group.rank()]
-    found = token_statistics.token_statistics(mine, labels, WORDS, group)
+    layer = SimpleNamespace(tp_group=group, vocab_size=WORDS)
+    vocabulary = head._vocabulary(layer, mine.shape[-1])
+    rows, wanted = mine.flatten(0, 1), labels.t().reshape(-1) - vocabulary.first
+    sums = head._over_blocks(lambda here: rows[here], wanted, vocabulary, rows.shape[1])
+    found = head.TokenStatistics()
+    found.fill(head._facts(sums, vocabulary), mine.shape[:2])
     return [{name: value.numpy() for name, value in vars(found).items()}]
 
 
