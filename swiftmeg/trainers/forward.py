@@ -28,7 +28,8 @@ def take_batch(iterator: Iterator[Batch]) -> Batch:
     device = torch.cuda.current_device()
     # Only copies from pinned memory do not wait for what the GPU has still to do.
     batch = {
-        name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()
+        name: (tensor if tensor.is_cuda else tensor.pin_memory()).to(device, non_blocking=True)
+        for name, tensor in batch.items()
     }
     size = mpu.get_context_parallel_world_size()
     if size > 1:
