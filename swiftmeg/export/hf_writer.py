@@ -82,8 +82,8 @@ def save_hf(
     with building(folder, first) as unfinished:
         if first:
             copy_model_files(source, unfinished, dtype, overrides or {})
-        if beside is not None:
-            beside(unfinished)
+            if beside is not None:
+                beside(unfinished)
         torch.distributed.barrier()
         values = weights or Whole()
         with values.in_turn():

@@ -54,7 +54,9 @@ def arguments(kind: str, folder: Path) -> Any:
     from swiftmeg.args.tuner import LoraArguments
 
     flags = {"train_type": "lora", "lora_rank": 3, "lora_alpha": 7} | (KINDS | OTHERS)[kind]
-    return SimpleNamespace(**asdict(LoraArguments(**flags)), model=str(folder), load=None)
+    prompting = {"template": None, "system": None}
+    adapters = asdict(LoraArguments(**flags))
+    return SimpleNamespace(**adapters, **prompting, model=str(folder), load=None)
 
 
 @torch.no_grad()

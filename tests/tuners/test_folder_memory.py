@@ -35,7 +35,7 @@ def write_and_watch(folder: str, out: str, layout: Layout) -> tuple[int, int]:
     model = read_model(folder)
     namespace, models = build_model(arguments(layout), model)
     args: Any = LoraArguments(train_type="lora", lora_rank=RANK)
-    args.load = None
+    args.load = args.template = args.system = None
     attach(models, args, seed=0)
     ours, dims = into_one_buffer(models), dims_of(namespace)
     import peft  # noqa: F401  (what it takes up is not the folder's)
