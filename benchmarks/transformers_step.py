@@ -2,9 +2,9 @@
 
     python benchmarks/transformers_step.py --model bench/qwen2.5-1.5b --length 4096 [--liger]
 
-Weights and Adam's moments are in bf16, without fp32 master weights, transformers' default way
-of training: less memory and traffic than ours. SDPA attention, torch's fused AdamW, unpacked rows of
-`--length` random tokens, no recomputation. `--liger` puts in liger-kernel's functions. Prints the
+Weights and Adam's moments are in bf16, without fp32 master weights: less memory and traffic than
+ours. SDPA attention, torch's fused AdamW, unpacked rows of `--length` random tokens, no
+recomputation. `--liger` puts in liger-kernel's functions. Prints the
 median step of those after the fifth, tokens per second and the peak of allocated memory.
 """
 

@@ -11,7 +11,11 @@ from swiftmeg.args.commands import ExportArguments, RlhfArguments
 from swiftmeg.args.flags import parse_flags
 from swiftmeg.errors import UserError
 
-VALUES: dict[str, Any] = {"megatron_extra_kwargs": '{"a": 1}', "tuner_type": "lora"}
+VALUES: dict[str, Any] = {
+    "megatron_extra_kwargs": '{"a": 1}',
+    "tuner_type": "lora",
+    "ddp_backend": "nccl",
+}
 
 
 def parse(*words: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_the_environment_wins(file: Path) -> None:
     ("name", "text", "line"),
     [
         ("a.yaml", "mirco_batch_size: 1", "a.yaml: unknown flag --mirco_batch_size: did you mean"),
-        ("a.yaml", "lr: fast", "a.yaml: --lr: 'fast' is not a number"),
+        ("a.yaml", "lr: fast", "a.yaml: --lr: 'fast' is not a finite number"),
         ("a.yaml", "[1]", "a.yaml: must hold `flag: value` pairs"),
         ("a.yaml", "a: [", "a.yaml: is not YAML"),
         ("a.txt", "lr: 1", "a.txt: name a file that ends in .yaml, .yml, .json"),

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from swiftmeg import checkpoint
 from swiftmeg.checkpoint import TRACKER
+from swiftmeg.unpickling import INDEX, read_index
 from tests.kills import exit_codes, work_and_die
 from tests.ranks import fork_context, free_port, rank_main, run_ranks
 from tests.runs import command, run, training
@@ -196,7 +197,8 @@ def test_save_total_limit_keeps_the_newest(saved: Path) -> None:
 
 def flip_a_bit(iteration: Path) -> None:
     """Damage the largest entry of a checkpoint, in the middle; the length stays."""
-    entry = max(checkpoint._index(iteration), key=lambda each: each.length)
+    entries = read_index(iteration / INDEX).storage_data.values()
+    entry = max(entries, key=lambda each: each.length)
     with (iteration / entry.relative_path).open("r+b") as file:
         file.seek(entry.offset + entry.length // 2)
         byte = file.read(1)[0]

@@ -103,7 +103,7 @@ def standard_row(
     else:
         messages = _query_response(row, chooser, for_training)
     system = first_value(row, _SYSTEM)
-    if system is not None and messages[0]["role"] != "system":
+    if system is not None and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": as_text(system, "system")})
     if for_training:
         check_answered(to_chat(messages))
@@ -195,7 +195,9 @@ def _query_response(row: Mapping[str, Any], chooser: Chooser, needs_response: bo
         if not any(name in row for name in _RESPONSE):
             raise RowError("no known column", f"the columns are {', '.join(map(str, row))}")
         raise RowError("the response is empty")
-    response = _chosen(response, chooser)
+    given, response = response, _chosen(response, chooser)
+    if given is not None and response is None:
+        raise RowError("response is not text")
     messages = []
     for query, answer in _history(row.get("history")):
         messages.append({"role": "user", "content": _written(query, "history")})
