@@ -29,7 +29,8 @@ class TrainingArguments(MegatronFlags):
     recompute_num_layers: int | None = None
     """Layers per group (uniform) or per stage (block) for full recomputation."""
     recompute_modules: list[str] | None = None
-    """Submodules for selective recomputation. None: core_attn."""
+    """Submodules for selective recomputation. None: core_attn where attention keeps its scores, in
+    fp32 or with --attention_backend unfused or local; nothing where a fused kernel keeps none."""
     deterministic_mode: bool = False
     """Choose kernels that give the same bits in every run."""
     no_check_for_nan_in_loss_and_grad: bool = False
