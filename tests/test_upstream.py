@@ -176,7 +176,7 @@ INSTANCES = {
 }
 """A class -> attributes or keys that its source must name."""
 
-COMPILED = {"_dynamo", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_grouped_mm"}
+COMPILED = ("_dynamo", "_foreach_copy_", "_foreach_mul_", "_foreach_norm", "_grouped_mm")
 """Private names of torch that have no source in Python, or are modules."""
 
 STOOD_IN_FOR = "fused_weight_gradient_mlp_cuda"
