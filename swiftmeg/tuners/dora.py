@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORTEST = torch.finfo(torch.float32).tiny ** 0.5
+"""The norm that a row of padding is given."""
+
 
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, group: Any = None) -> Tensor:
@@ -29,5 +32,12 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float, group: Any = N
         squares, flat, square = sums.split(sizes)
         crossed, gram = flat.view_as(crossed), square.view_as(gram)
     added = 2 * scale * (b * crossed).sum(1) + scale**2 * (b @ gram * b).sum(1)
-    # Rows of padding are 0; so are their magnitudes.
-    return (squares + added).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    return (squares + added).clamp_min(0).sqrt().clamp_min(SHORTEST)
+
+
+def row_factors(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """magnitude / norms [out], by which DoRA multiplies the rows of the sum; 1 for padding.
+
+    The output of a row of padding stays as it is: it is the mask of a word that is not there.
+    """
+    return torch.where(norms > SHORTEST, magnitude / norms, 1)

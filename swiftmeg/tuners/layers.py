@@ -37,7 +37,7 @@ from megatron.core.transformer.utils import (
 from peft.tuners.lora import LoraConfig, LoraLayer
 from torch import Tensor
 
-from swiftmeg.tuners.dora import row_norms
+from swiftmeg.tuners.dora import row_factors, row_norms
 from swiftmeg.tuners.factors import Factor, Magnitude
 
 NAME = "default"
@@ -186,7 +186,7 @@ class Adapter(torch.nn.Module, LoraLayer):
     ) -> Tensor:
         """The layer's output with DoRA; a bias keeps its length."""
         assert self.magnitude is not None
-        factor = self._like(result, (self.magnitude.weight / self.norms())[None])
+        factor = self._like(result, row_factors(self.magnitude.weight, self.norms())[None])
         if dropped is not x:
             base = self._like(result, self.plain(dropped))
         else:

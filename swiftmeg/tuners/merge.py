@@ -12,6 +12,7 @@ from swiftmeg.export.hf_files import listed
 from swiftmeg.export.lazy_weights import Supply, storage_of
 from swiftmeg.export.shards import LiveWeight, live_weights
 from swiftmeg.tuners.adapters import Attached, attached, numbered, store_everything
+from swiftmeg.tuners.dora import row_factors
 from swiftmeg.tuners.embedding import EmbeddingAdapter
 from swiftmeg.tuners.merged_weights import rows_at_a_time
 
@@ -100,7 +101,9 @@ def _take_away(models: list[Any]) -> None:
 def lengthening(each: Attached) -> Tensor | None:
     """What DoRA multiplies the rows of weight and adapter by [out]; None without it. Collective."""
     magnitude = each.adapter.magnitude
-    return None if magnitude is None else magnitude.weight.float() / each.adapter.norms()
+    return (
+        None if magnitude is None else row_factors(magnitude.weight.float(), each.adapter.norms())
+    )
 
 
 def _add(
